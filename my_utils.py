@@ -24,7 +24,6 @@ import math
 import os
 import pickle
 import platform
-import shutil
 import socket
 import sys
 import tarfile
@@ -33,7 +32,7 @@ import textwrap
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import filelock
@@ -626,13 +625,11 @@ SCHEDULES = ("constant", "step", "cosine", "onecycle")
 class Recipe:
     """Everything that decides how a model is trained; plain values, so that it can be written down as JSON.
 
-    optimizer: "sgd", "adam", "adamw", or "muon" for all 2-D parameters (Jordan et al., 2024)
+    optimizer: "sgd", "adam", "adamw", or "muon" (Jordan et al., 2024), which takes 2-D parameters only
     optimizer_args: further arguments of the torch class, for example {"momentum": 0.9, "weight_decay": 5e-4}
-    second_optimizer: with "muon", the optimizer of all other parameters, for example
-        {"optimizer": "adamw", "learning_rate": 0.001}
-    overrides: other values for parameters whose name fits a pattern (the last that fits wins), for example
-        {"*.bias": {"weight_decay": 0.0}, "head.*": {"learning_rate": 0.1}}; with "muon", {"optimizer": "second"}
-        moves a matrix to the second optimizer
+    overrides: other values for the parameters whose name fits a pattern (the last that fits wins), for example
+        {"*.bias": {"weight_decay": 0.0}}; or another optimizer, with its own arguments, for example
+        {"*.bank": {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.1}}
     schedule, stepped once per batch: "constant"; "step" with {"epochs": 10, "gamma": 0.1}; "cosine", down to zero;
         "onecycle" with the arguments of torch's OneCycleLR (the learning rate is the maximum)
     weight_averaging: decay per step of an exponential moving average of the weights, which is then what is evaluated
@@ -648,7 +645,6 @@ class Recipe:
     optimizer: str = "sgd"
     learning_rate: float = 0.01
     optimizer_args: dict = field(default_factory=dict)
-    second_optimizer: dict | None = None
     overrides: dict = field(default_factory=dict)
     schedule: str = "constant"
     schedule_args: dict = field(default_factory=dict)
@@ -662,14 +658,10 @@ class Recipe:
         _check_number("batch_size", self.batch_size, 1, kind=int)
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         _check_number("learning_rate", self.learning_rate, 0)
-        if (self.optimizer == "muon") != (self.second_optimizer is not None):
-            raise ValueError(
-                f"second_optimizer is {self.second_optimizer!r}; muon needs one, such as "
-                '{"optimizer": "adamw", "learning_rate": 0.001}, and no other optimizer may have one'
-            )
-        if self.second_optimizer is not None:
-            _one_of("second_optimizer['optimizer']", self.second_optimizer.get("optimizer"), ("sgd", "adam", "adamw"))
-            _check_number("second_optimizer['learning_rate']", self.second_optimizer.get("learning_rate"), 0)
+        for pattern, changes in self.overrides.items():
+            if "optimizer" in changes:
+                _one_of(f"overrides[{pattern!r}]['optimizer']", changes["optimizer"], tuple(OPTIMIZERS))
+                _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate"), 0)
         _one_of("schedule", self.schedule, SCHEDULES)
         if self.schedule == "step":
             _check_number("schedule_args['epochs']", self.schedule_args.get("epochs"), 1, kind=int)
@@ -684,33 +676,32 @@ class Recipe:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that the recipe asks for; one, or two with "muon". Each parameter is in exactly one.
+    """Return the optimizers that the recipe asks for, the main one first. Each trained parameter is in exactly one.
 
     Raises:
-        ValueError: an override fits no parameter, or an optimizer has nothing to do.
+        ValueError: an override fits no parameter, or leaves the main optimizer without any.
     """
-    first = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
+    main = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
     unused, groups = set(recipe.overrides), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        fitting = [pattern for pattern in recipe.overrides if fnmatch.fnmatchcase(name, pattern)]
-        unused -= set(fitting)
-        changes = {key: value for pattern in fitting for key, value in recipe.overrides[pattern].items()}
-        second = recipe.optimizer == "muon" and (parameter.ndim != 2 or changes.get("optimizer") == "second")
-        changes.pop("optimizer", None)
-        options = {**(recipe.second_optimizer if second else first), **changes}
+        options = main
+        for pattern, changes in recipe.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                unused.discard(pattern)
+                options = changes if "optimizer" in changes else {**options, **changes}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(parameter)
     if unused:
         raise ValueError(f"overrides has {sorted(unused)}, which fits no parameter; check the names in the model")
-    by_optimizer = {}
+    by_optimizer = {recipe.optimizer: []}
     for text, parameters in groups.items():
         options = json.loads(text)
         kind, rate = options.pop("optimizer"), options.pop("learning_rate")
         by_optimizer.setdefault(kind, []).append({"params": parameters, "lr": rate, **options})
-    if recipe.optimizer not in by_optimizer:
-        raise ValueError(f"optimizer is {recipe.optimizer!r}, but the model has no parameter for it")
-    return [OPTIMIZERS[kind](by_optimizer[kind]) for kind in sorted(by_optimizer, key=lambda k: k != recipe.optimizer)]
+    if not by_optimizer[recipe.optimizer]:
+        raise ValueError(f"optimizer is {recipe.optimizer!r}, but the overrides leave it no parameter")
+    return [OPTIMIZERS[kind](groups) for kind, groups in by_optimizer.items()]
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
@@ -1158,17 +1149,26 @@ def _fingerprint(identity: str, seed: int) -> str:
 def _identity(build_model, model: nn.Module, recipe: Recipe, splits: Splits, watch: bool) -> str:
     """Return a hash of everything but the seed that the weights and the history depend on."""
     sources: dict[str, str] = {}
-    for thing in (build_model, *(type(module) for module in model.modules())):
-        _collect_sources(thing, sources)
+    _collect_sources(build_model, sources)
     structure = []
     for name, module in model.named_modules():
-        plain = {key: value for key, value in vars(module).items() if _is_plain(value) and not key.startswith("_")}
-        plain.pop("training", None)
-        own = [] if type(module).__module__.startswith("torch.") else sorted(plain.items())
-        structure.append((name, type(module).__qualname__, module.extra_repr(), repr(own)))
+        own = {}
+        if not type(module).__module__.startswith("torch."):
+            _collect_sources(type(module), sources)
+            own = {key: _describe(value, sources) for key, value in vars(module).items() if key[0] != "_"}
+            own.pop("training")
+        structure.append((name, type(module).__qualname__, module.extra_repr(), own))
     state = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
-    everything = [1, sources, structure, state, asdict(recipe), splits.digest, watch]
+    everything = [1, sources, structure, state, _changed(recipe), splits.digest, watch]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(settings) -> dict:
+    """Return what differs from the defaults, so that a setting added later leaves older fingerprints as they are."""
+    values = {item.name: getattr(settings, item.name) for item in fields(settings)}
+    values = {name: _changed(value) if is_dataclass(value) else value for name, value in values.items()}
+    defaults = asdict(type(settings)(epochs=1) if isinstance(settings, Recipe) else type(settings)())
+    return {name: value for name, value in values.items() if name == "epochs" or value != defaults[name]}
 
 
 def _is_plain(value) -> bool:
@@ -1177,37 +1177,44 @@ def _is_plain(value) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _collect_sources(thing, sources: dict[str, str], home: str | None = None) -> None:
-    """Add the source of a class or function, and of what it uses from its own module, without comments or docstrings."""
+def _describe(value, sources: dict[str, str]) -> str:
+    """Return a plain value or the name of a function or class (whose source is collected); other things count as ""."""
+    if _is_plain(value):
+        return repr(value)
+    if inspect.isclass(value) or isinstance(value, types.FunctionType | functools.partial):
+        _collect_sources(value, sources)
+    return getattr(value, "__qualname__", "")
+
+
+def _collect_sources(thing, sources: dict[str, str]) -> None:
+    """Add the source of a class or function, without comments and docstrings, and of all that it uses in its module."""
     if isinstance(thing, functools.partial):
         _collect_sources(thing.func, sources)
-        sources[f"partial {len(sources)}"] = repr((thing.args, sorted(thing.keywords.items())))
+        arguments = {**dict(enumerate(thing.args)), **thing.keywords}
+        for name, value in arguments.items():
+            sources[f"partial {thing.func.__qualname__} {name}"] = _describe(value, sources)
         return
     thing = inspect.unwrap(getattr(thing, "__func__", thing))
-    module = getattr(thing, "__module__", "") or ""
-    if module.startswith("torch.") or home not in (None, module):
-        return
-    key = f"{module}.{getattr(thing, '__qualname__', thing)}"
-    if key in sources:
+    home, key = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", "")
+    if home.startswith("torch.") or key in sources:
         return
     if inspect.isclass(thing):
-        sources[key] = repr(
-            sorted((name, value) for name, value in vars(thing).items() if _is_plain(value) and name[0] != "_")
-        )
-        for member in (*vars(thing).values(), *thing.__bases__):
-            for part in (member.fget,) if isinstance(member, property) else (member,):
-                if inspect.isclass(part) or isinstance(part, types.FunctionType | staticmethod | classmethod):
-                    _collect_sources(part, sources, module)
+        sources[key] = ""
+        members = {name: getattr(value, "fget", value) for name, value in vars(thing).items() if name[:2] != "__"}
+        for name, value in {**members, "__init__": thing.__init__, **dict(enumerate(thing.__bases__))}.items():
+            if _is_plain(value):
+                sources[f"{key} has {name}"] = repr(value)
+            elif getattr(value, "__module__", None) == home:
+                _collect_sources(value, sources)
     elif isinstance(thing, types.FunctionType):
         sources[key] = _plain_source(thing)
         used = {name: thing.__globals__[name] for name in _globals_of(thing.__code__) if name in thing.__globals__}
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        used |= dict(zip(thing.__code__.co_freevars, cells, strict=True))
-        for name, value in used.items():
+        for name, value in {**used, **dict(zip(thing.__code__.co_freevars, cells, strict=True))}.items():
             if _is_plain(value):
                 sources[f"{key} uses {name}"] = repr(value)
-            elif inspect.isclass(value) or isinstance(value, types.FunctionType | functools.partial):
-                _collect_sources(value, sources, module)
+            elif getattr(value, "__module__", None) == home or isinstance(value, functools.partial):
+                _collect_sources(value, sources)
 
 
 def _globals_of(code: types.CodeType) -> set[str]:
