@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import filelock
-import matplotlib
 import numpy as np
 import pandas as pd
 import pooch
@@ -131,7 +130,6 @@ def versions() -> dict[str, str]:
 
 def describe_setup() -> None:
     """Print device, precision, versions and run size: the first thing to look at when two results differ."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     precision = str(pick_precision()).removeprefix("torch.")
     print(f"device    {describe_device()}, {precision}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -153,7 +151,7 @@ def _check_number(name: str, value, low: float, high: float = math.inf, kind=(in
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there at the end: a reader sees the old file or the whole new one."""
+    """Yield a temporary path beside `path` and move it there at the end: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -373,7 +371,12 @@ def _check_files(folder: Path) -> None:
 
 
 def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
-    """Fetch, check and unpack the archive; raise ConnectionError if no source answers, DataError if one answers wrongly."""
+    """Fetch, check and unpack the archive.
+
+    Raises:
+        ConnectionError: no source answers.
+        DataError: a source answers wrongly, or the archive cannot be stored.
+    """
     problems, answered = [], False
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -408,8 +411,8 @@ def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
 def _fetch_archive(url: str, path: str, _pooch) -> None:
     """Download `url` to `path` with time-outs and a progress bar, and say what came if it is not the archive."""
     timeout = (CONNECT_TIMEOUT, STALL_TIMEOUT)
-    bar = tqdm(unit="B", unit_scale=True, leave=False, desc="download")
-    pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=timeout)(url, path, _pooch)
+    with tqdm(unit="B", unit_scale=True, leave=False, desc="download") as bar:
+        pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=timeout)(url, path, _pooch)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(512)
@@ -724,7 +727,7 @@ class History:
     """What a training run logs: one value per step in the first two lists, one per epoch in the others.
 
     Losses are cross-entropies in nats, accuracies fractions. The training values are those of the augmented batches
-    while the weights still move; validation and watched test values are taken after each epoch.
+    while the weights still move; validation, watched test and probed values are taken after each epoch.
     """
 
     step_loss: list[float] = field(default_factory=list)
@@ -735,6 +738,7 @@ class History:
     val_top1: list[float] = field(default_factory=list)
     test_top1: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    probe: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -775,6 +779,7 @@ def fit(
     run: str,
     seed: int = 0,
     watch: bool = False,
+    probe: Callable[[nn.Module], dict[str, float]] | None = None,
     need_model: bool = False,
     plot: bool = True,
     device: torch.device | str | None = None,
@@ -786,6 +791,7 @@ def fit(
             [N, 10]; it is called under the seed, so the first weights belong to the seed too
         run: name in the store, for example "01/baseline"; the run lives in RUNS_DIR/<size>/<run>/seed<k>-<fingerprint>
         watch: also log the test accuracy after each epoch, for a curve; nothing else depends on it
+        probe: called with the model after each epoch; the numbers it returns are logged. It must leave the model alone
         need_model: the caller opens the weights, so a committed record alone is not enough
         plot: show the curves while training and leave them as a figure
 
@@ -803,7 +809,7 @@ def fit(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # the caller's random numbers do not depend on whether a run was stored
         torch.manual_seed(seed)
-        trainer = _Trainer(build_model, splits, recipe, run, seed, watch, device)
+        trainer = _Trainer(build_model, splits, recipe, run, seed, watch, probe, device)
         result = trainer.stored(need_model)
         if result is None:
             with trainer.lock():
@@ -819,13 +825,13 @@ _CURVES_ALT = "Loss of every batch on the left, accuracy after every epoch on th
 class _Trainer:
     """One training: everything that a checkpoint must hold, and where it is kept."""
 
-    def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, device):
+    def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, probe, device):
         self.build_model, self.splits, self.recipe, self.seed, self.watch = build_model, splits, recipe, seed, watch
-        self.name, self.device = run, device
+        self.name, self.device, self.probe = run, device, probe
         self.model = build_model()
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"build_model returned a {type(self.model).__name__}; it must return an nn.Module")
-        self.identity = _identity(build_model, self.model, recipe, splits, watch)
+        self.identity = _identity(build_model, self.model, recipe, splits, watch, probe)
         self.folder = runs_dir() / run_size() / run / f"seed{seed}-{_fingerprint(self.identity, seed)}"
         self.history = History()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -965,6 +971,8 @@ class _Trainer:
             history.val_top1.append(result.top1)
         if self.watch:
             history.test_top1.append(evaluate(model, self.splits.test, precision=self.recipe.precision).top1)
+        if self.probe:
+            history.probe.append(self.probe(model))
         progress.epoch_done(history)
 
     def check_finite(self, epoch: int) -> None:
@@ -973,7 +981,7 @@ class _Trainer:
             raise FloatingPointError(
                 f"the loss is {self.history.step_loss[step]} at step {step} (epoch {epoch + 1}), "
                 f"learning rate {self.history.step_learning_rate[step]:.3g}. Try a learning rate ten times smaller, "
-                "a warm-up (schedule onecycle), or precision float32, and look for a division or logarithm in the model. "
+                "a warm-up (schedule onecycle), or precision float32; look for a division or a logarithm in the model. "
                 f"The checkpoint of epoch {epoch} is untouched."
             )
 
@@ -1146,10 +1154,12 @@ def _fingerprint(identity: str, seed: int) -> str:
     return hashlib.sha256(f"{identity} {seed}".encode()).hexdigest()[:16]
 
 
-def _identity(build_model, model: nn.Module, recipe: Recipe, splits: Splits, watch: bool) -> str:
+def _identity(build_model, model: nn.Module, recipe: Recipe, splits: Splits, watch: bool, probe) -> str:
     """Return a hash of everything but the seed that the weights and the history depend on."""
     sources: dict[str, str] = {}
     _collect_sources(build_model, sources)
+    if probe is not None:
+        _collect_sources(probe, sources)
     structure = []
     for name, module in model.named_modules():
         own = {}
@@ -1431,7 +1441,7 @@ def _report_dir(splits: Splits) -> Path:
 
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Return a table of records: accuracies in per cent as mean over the seeds, with the spread where there are several."""
+    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
     rows = []
     for content in records:
         columns = {
@@ -1467,6 +1477,7 @@ def percent(values: Sequence[float | None]) -> str:
 # Plots
 # ---------------------------------------------------------------------------------------------------------------------
 
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
 COLOURS = dict(zip(("train", "val", "test"), sns.color_palette("colorblind"), strict=False))
 
 
@@ -1606,6 +1617,3 @@ def plot_mistakes(
             axes.set_title(f"said {said}, {confidence[index]:.0%}\nis {true}", fontsize="small")
     figure.suptitle(title)
     return figure
-
-
-matplotlib.rcParams["savefig.facecolor"] = "white"
