@@ -1394,7 +1394,8 @@ def record(
         "published_epochs": published_epochs,
     }
     new = {run.seed: run.recorded or _seed_entry(run, splits, tta) for run in runs}
-    with filelock.FileLock(path.with_suffix(".lock")):
+    (ROOT / "build").mkdir(exist_ok=True)
+    with filelock.FileLock(ROOT / "build" / ".records.lock"):
         if path.exists():
             for entry in json.loads(path.read_text())["seeds"]:
                 if entry["fingerprint"] == _fingerprint(first.identity, entry["seed"]):
@@ -1568,7 +1569,7 @@ def plot_classes(split: Split, classes: Sequence[str], per_class: int = 8, title
     for label, row in enumerate(grid):
         row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
         for axes, image in zip(row, split.images[split.labels == label][:per_class], strict=False):
-            axes.imshow(image.permute(1, 2, 0))
+            axes.imshow(image.permute(1, 2, 0), interpolation="nearest")
     figure.suptitle(title)
     return figure
 
@@ -1584,7 +1585,7 @@ def plot_augmentation(
         shown = augmentation(images, augmentation.draw(count, 0, column), mean) if column else images
         grid[0, column].set_title(f"epoch {column}" if column else "original", fontsize="small")
         for axes, image in zip(grid[:, column], shown, strict=True):
-            axes.imshow(image.permute(1, 2, 0).clamp(0, 1))
+            axes.imshow(image.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
     figure.suptitle(title)
     return figure
 
@@ -1612,7 +1613,7 @@ def plot_mistakes(
     figure, grid = _image_grid(math.ceil(count / columns), columns, side=2.1)
     for axes, index in zip(grid.flat, confidence.argsort(descending=True)[:count].tolist(), strict=False):
         if confidence[index] >= 0:
-            axes.imshow(split.images[index].cpu().permute(1, 2, 0))
+            axes.imshow(split.images[index].cpu().permute(1, 2, 0), interpolation="nearest")
             said, true = classes[int(answer[index])], classes[int(evaluation.labels[index])]
             axes.set_title(f"said {said}, {confidence[index]:.0%}\nis {true}", fontsize="small")
     figure.suptitle(title)
