@@ -22,7 +22,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import socket
 import sys
@@ -147,8 +146,13 @@ def _check_number(name: str, value, low: float, high: float = math.inf, kind=(in
     if isinstance(value, bool) or not isinstance(value, kind):
         what = "whole number" if kind is int else "number"
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); it must be a {what}")
-    if not low <= value <= high:
+    if not low <= value <= high or math.isinf(value):
         raise ValueError(f"{name} is {value!r}; it may be from {low} to {high}")
+
+
+def _check_dict(name: str, value) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {value!r}; it must be a dict")
 
 
 @contextlib.contextmanager
@@ -286,6 +290,7 @@ class Splits:
         for split in filter(None, (self.train, self.val, self.test)):
             sha.update(split.images.cpu().contiguous().numpy().data)
             sha.update(split.labels.cpu().contiguous().numpy().data)
+            sha.update(repr((split.mean, split.std)).encode())
         return sha.hexdigest()[:16]
 
 
@@ -674,7 +679,10 @@ class Recipe:
         _check_number("batch_size", self.batch_size, 1, kind=int)
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         _check_number("learning_rate", self.learning_rate, 0)
+        for name in ("optimizer_args", "overrides", "schedule_args"):
+            _check_dict(name, getattr(self, name))
         for pattern, changes in self.overrides.items():
+            _check_dict(f"overrides[{pattern!r}]", changes)
             if "optimizer" in changes:
                 _one_of(f"overrides[{pattern!r}]['optimizer']", changes["optimizer"], tuple(OPTIMIZERS))
                 _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate"), 0)
@@ -714,6 +722,8 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     for text, parameters in groups.items():
         options = json.loads(text)
         kind, rate = options.pop("optimizer"), options.pop("learning_rate")
+        if unknown := options.keys() - inspect.signature(OPTIMIZERS[kind]).parameters.keys():
+            raise ValueError(f"optimizer {kind!r} has no argument {sorted(unknown)}; see optimizer_args, overrides")
         by_optimizer.setdefault(kind, []).append({"params": parameters, "lr": rate, **options})
     if not by_optimizer[recipe.optimizer]:
         raise ValueError(f"optimizer is {recipe.optimizer!r}, but the overrides leave it no parameter")
@@ -730,6 +740,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
     if recipe.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, total, **arguments)
     if recipe.schedule == "onecycle":
+        if arguments.get("pct_start", 0.3) * total == 1:  # torch would divide by zero
+            arguments["pct_start"] = 1.001 / total
         peaks = [group["lr"] for group in optimizer.param_groups]
         return schedulers.OneCycleLR(optimizer, peaks, total_steps=total, **arguments)
     return schedulers.ConstantLR(optimizer, factor=1.0)
@@ -816,6 +828,8 @@ def fit(
             call goes on after the last whole epoch.
     """
     _check_number("seed", seed, 0, kind=int)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe is a {type(recipe).__name__}; it must be a Recipe")
     if not isinstance(splits, Splits):
         raise TypeError(f"splits is a {type(splits).__name__}; it must be a Splits, from load_cifar10")
     device = torch.device(device) if device else pick_device()
@@ -979,13 +993,21 @@ class _Trainer:
     def evaluate_epoch(self, progress: _Progress) -> None:
         model, history = self.averaged or self.model, self.history
         if self.splits.val is not None:
-            result = evaluate(model, self.splits.val, precision=self.recipe.precision)
+            try:
+                result = evaluate(model, self.splits.val, precision=self.recipe.precision)
+            except ValueError:  # the last step broke the weights
+                history.step_loss.append(math.nan)
+                history.step_learning_rate.append(history.step_learning_rate[-1])
+                self.check_finite(len(history.seconds) - 1)
+                raise
             history.val_loss.append(result.nll)
             history.val_top1.append(result.top1)
         if self.watch:
             history.test_top1.append(evaluate(model, self.splits.test, precision=self.recipe.precision).top1)
         if self.probe:
-            history.probe.append(self.probe(model))
+            shown = self.averaged.module if self.averaged else self.model
+            with torch.no_grad(), _evaluating(shown):
+                history.probe.append(self.probe(shown))
         progress.epoch_done(history)
 
     def check_finite(self, epoch: int) -> None:
@@ -1019,12 +1041,17 @@ class _Trainer:
         if not path.exists():
             return
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            self.load(torch.load(path, map_location=self.device, weights_only=True))
+        except Exception as error:  # torch raises nearly anything on a file that is not its own
             raise RuntimeError(
-                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({str(error).splitlines()[0]}). "
+                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(error).__name__}). "
                 f"Delete {path} to train this run again from the start."
             ) from error
+        print(
+            f"{self.name}, seed {self.seed}: going on after epoch {len(self.history.seconds)} of {self.recipe.epochs}"
+        )
+
+    def load(self, state) -> None:
         self.model.load_state_dict(state["model"])
         for part, saved in [
             *zip(self.optimizers, state["optimizers"], strict=True),
@@ -1038,13 +1065,22 @@ class _Trainer:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.history = History(**state["history"])
-        print(
-            f"{self.name}, seed {self.seed}: going on after epoch {len(self.history.seconds)} of {self.recipe.epochs}"
-        )
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its parts back into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def count_flops(model: nn.Module) -> int:
@@ -1053,10 +1089,9 @@ def count_flops(model: nn.Module) -> int:
     Counted by torch.utils.flop_counter, which sees convolutions and matrix products.
     """
     parameter = next(model.parameters(), torch.zeros(()))
-    training, counter = model.training, FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(torch.zeros(1, 3, 32, 32, device=parameter.device, dtype=parameter.dtype))
-    model.train(training)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), _evaluating(model), counter:
+        model(torch.zeros(1, 3, 32, 32, device=parameter.device, dtype=parameter.dtype))
     return counter.get_total_flops()
 
 
@@ -1170,9 +1205,9 @@ def _fingerprint(identity: str, seed: int) -> str:
 def _identity(build_model, model: nn.Module, recipe: Recipe, splits: Splits, watch: bool, probe) -> str:
     """Return a hash of everything but the seed that the weights and the history depend on."""
     sources: dict[str, str] = {}
-    _collect_sources(build_model, sources)
+    sources["build_model"] = _describe(build_model, sources)
     if probe is not None:
-        _collect_sources(probe, sources)
+        sources["probe"] = _describe(probe, sources)
     structure = []
     for name, module in model.named_modules():
         own = {}
@@ -1195,6 +1230,8 @@ def _changed(settings) -> dict:
 
 
 def _is_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.items()))
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
@@ -1204,39 +1241,50 @@ def _describe(value, sources: dict[str, str]) -> str:
     """Return a plain value or the name of a function or class (whose source is collected); other things count as ""."""
     if _is_plain(value):
         return repr(value)
-    if inspect.isclass(value) or isinstance(value, types.FunctionType | functools.partial):
+    if isinstance(value, functools.partial):
+        arguments = {**dict(enumerate(value.args)), **value.keywords}
+        parts = {name: _describe(part, sources) for name, part in arguments.items()}
+        return f"partial {_describe(value.func, sources)} {parts}"
+    if inspect.isclass(value) or isinstance(value, types.FunctionType | types.MethodType):
         _collect_sources(value, sources)
     return getattr(value, "__qualname__", "")
 
 
 def _collect_sources(thing, sources: dict[str, str]) -> None:
     """Add the source of a class or function, without comments and docstrings, and of all that it uses in its module."""
-    if isinstance(thing, functools.partial):
-        _collect_sources(thing.func, sources)
-        arguments = {**dict(enumerate(thing.args)), **thing.keywords}
-        for name, value in arguments.items():
-            sources[f"partial {thing.func.__qualname__} {name}"] = _describe(value, sources)
-        return
     thing = inspect.unwrap(getattr(thing, "__func__", thing))
     home, key = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", "")
-    if home.startswith("torch.") or key in sources:
+    if home.startswith("torch."):
         return
     if inspect.isclass(thing):
+        if key in sources:
+            return
         sources[key] = ""
-        members = {name: getattr(value, "fget", value) for name, value in vars(thing).items() if name[:2] != "__"}
-        for name, value in {**members, "__init__": thing.__init__, **dict(enumerate(thing.__bases__))}.items():
-            if _is_plain(value):
+        bases = dict(enumerate(thing.__bases__))
+        for name, value in {**vars(thing), **bases}.items():
+            value = inspect.unwrap(getattr(value, "fget", value))
+            if isinstance(value, types.FunctionType) and value.__code__.co_filename == "<string>":
+                continue  # written by dataclass
+            if _is_plain(value) and str(name)[:2] != "__":
                 sources[f"{key} has {name}"] = repr(value)
             elif getattr(value, "__module__", None) == home:
                 _collect_sources(value, sources)
     elif isinstance(thing, types.FunctionType):
-        sources[key] = _plain_source(thing)
+        text = _plain_source(thing)
+        while key in sources:  # lambdas share their name
+            if sources[key] == text:
+                return
+            key += "'"
+        sources[key] = text
+        sources[f"{key} defaults"] = str(
+            [_describe(v, sources) for v in (thing.__defaults__ or (), thing.__kwdefaults__)]
+        )
         used = {name: thing.__globals__[name] for name in _globals_of(thing.__code__) if name in thing.__globals__}
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        for name, value in {**used, **dict(zip(thing.__code__.co_freevars, cells, strict=True))}.items():
-            if _is_plain(value):
-                sources[f"{key} uses {name}"] = repr(value)
-            elif getattr(value, "__module__", None) == home or isinstance(value, functools.partial):
+        for name, value in sorted({**used, **dict(zip(thing.__code__.co_freevars, cells, strict=True))}.items()):
+            if _is_plain(value) or isinstance(value, functools.partial):
+                sources[f"{key} uses {name}"] = _describe(value, sources)
+            elif getattr(value, "__module__", None) == home:
                 _collect_sources(value, sources)
 
 
@@ -1337,8 +1385,6 @@ def predict(
     device = next(model.parameters()).device
     dtype = pick_precision(precision, device)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    training = model.training
-    model.eval()
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -1346,15 +1392,15 @@ def predict(
             return logits if tta == "none" else (logits + model(images.flip(3)).float()) / 2
 
     found = []
-    for start in range(0, len(split), batch_size):
-        images, _ = next(batches(split[start : start + batch_size].to(device), batch_size))
-        logits = forward(images)
-        if tta == "flip+translate":
-            padded = F.pad(images, (1,) * 4, mode="reflect")
-            moved = forward(padded[:, :, :32, :32]) + forward(padded[:, :, 2:, 2:])
-            logits = logits / 2 + moved / 4
-        found.append(logits.cpu())
-    model.train(training)
+    with _evaluating(model):
+        for start in range(0, len(split), batch_size):
+            images, _ = next(batches(split[start : start + batch_size].to(device), batch_size))
+            logits = forward(images)
+            if tta == "flip+translate":
+                padded = F.pad(images, (1,) * 4, mode="reflect")
+                moved = forward(padded[:, :, :32, :32]) + forward(padded[:, :, 2:, 2:])
+                logits = logits / 2 + moved / 4
+            found.append(logits.cpu())
     return torch.cat(found)
 
 
@@ -1444,8 +1490,9 @@ def _thin(history: History) -> dict:
     """Return the history with its per-step lists averaged down to at most 500 points."""
     content = asdict(history)
     for name in ("step_loss", "step_learning_rate"):
-        pieces = np.array_split(content[name], min(500, len(content[name])))
-        content[name] = [float(f"{piece.mean():.5g}") for piece in pieces]
+        values, width = content[name], math.ceil(len(content[name]) / 500)
+        pieces = [values[start : start + width] for start in range(0, len(values), max(1, width))]
+        content[name] = [float(f"{np.mean(piece):.5g}") for piece in pieces]
     return content
 
 

@@ -1,0 +1,345 @@
+"""The notebooks as files, their first cell as Colab runs it, and the models of notebook 01."""
+
+import ast
+import functools
+import http.server
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+import torch
+from check_links import texts
+from nbconvert import ScriptExporter
+from notebook_models import NOTEBOOKS, import_models
+
+ROOT = NOTEBOOKS.parent
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+BASELINE = NOTEBOOKS / "01_baseline.ipynb"
+
+
+@functools.cache
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def outputs(path: Path) -> list[nbformat.NotebookNode]:
+    return [output for cell in code_cells(path) for output in cell.outputs]
+
+
+def setup_source(path: Path) -> str:
+    """The source of the one cell tagged `setup`."""
+    (cell,) = [cell for cell in read(path).cells if "setup" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+# The notebooks as files
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+def test_format(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nbformat repairs a missing cell id, with a warning
+        nbformat.validate(json.loads(path.read_text(encoding="utf-8")))
+    assert path.stat().st_size < 3_000_000
+
+
+def test_metadata(path):
+    metadata = read(path).metadata
+    assert metadata.kernelspec.name == "python3"
+    assert (metadata.accelerator, metadata.colab.gpuType) == ("GPU", "T4")
+
+
+def test_executed_in_one_go(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [output for output in outputs(path) if output.output_type == "error"] == []
+
+
+# A folder on somebody's machine, as in /home/me/, C:\Users or file:///, but not https://example.org/home/.
+MACHINE_PATH = re.compile(r"(?<![\w.:/}])/\w[\w.-]*/|\b[A-Z]:\\|file:/")
+
+
+def strings(node) -> Iterator[str]:
+    """Every text in the parsed JSON of a notebook; pictures are left out, they are base64."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, list):
+        for value in node:
+            yield from strings(value)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if not (key.startswith("image/") and isinstance(value, str)):
+                yield from strings(value)
+
+
+def test_no_path_of_a_machine(path):
+    assert [line for text in strings(read(path)) for line in text.splitlines() if MACHINE_PATH.search(line)] == []
+
+
+@pytest.mark.parametrize("text", ["/home/me/x.py", "in '/root/x'", "(/Users/me/x)", "/tmp/x", r"C:\x", "file:///x"])
+def test_path_of_a_machine_is_recognised(text):
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize("text", ["https://example.org/home/x", "../data/x", "</td></tr>", "2 / 3 / 4", "{root}/a/b"])
+def test_other_slashes_are_no_path_of_a_machine(text):
+    assert not MACHINE_PATH.search(text)
+
+
+def test_rhythm(path):
+    lengths = [len(cell.source.splitlines()) for cell in code_cells(path)]
+    assert max(lengths) <= 40
+    assert median(lengths) <= 10
+    assert "CCC" not in "".join("C" if cell.cell_type == "code" else "-" for cell in read(path).cells)
+
+
+def test_pictures_have_alternative_texts(path):
+    pictures = [picture for text in texts(path).values() for picture in text.pictures]
+    assert [picture for picture in pictures if not picture.get("alt", "").strip()] == []
+    drawn = [(output, kind) for output in outputs(path) for kind in output.get("data", {}) if kind.startswith("image/")]
+    assert {kind for _, kind in drawn} <= {"image/png"}
+    alts = [output.metadata.get(kind, {}).get("alt", "") for output, kind in drawn]
+    assert all(alt.strip() for alt in alts), alts
+
+
+def test_setup_cell(path):
+    assert setup_source(path) == code_cells(path)[0].source == setup_source(BASELINE)
+
+
+def test_code_is_plain_python(path):
+    for cell in code_cells(path):
+        ast.parse(cell.source)  # refuses %magics, !commands and help?
+
+
+def test_exported_script_is_the_notebook(path):
+    script, _ = ScriptExporter().from_filename(path)
+    compile(script, path.stem, "exec")
+    assert "get_ipython" not in script
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert ast.dump(ast.parse(script)) == ast.dump(ast.parse(source))
+
+
+def test_nbval_markers(path):
+    for cell in code_cells(path):
+        # The tag nbval-ignore-output is the only marker: others would leave cells out, or hide code behind a comment.
+        assert "NBVAL" not in cell.source
+        assert not [tag for tag in cell.metadata.get("tags", []) if "nbval" in tag and tag != "nbval-ignore-output"]
+
+
+def test_ending(path):
+    text = "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
+    titles, bodies = zip(*(part.split("\n", 1) for part in parts), strict=True)
+    assert titles[-3:] == ("What we learned", "Exercises", "References")
+    exercises, solutions = bodies[-2].split("<details><summary>Solutions</summary>")
+    solutions, _ = solutions.split("</details>")
+    numbers = re.findall(r"^(\d+)\. ", exercises, flags=re.MULTILINE)
+    assert 3 <= len(numbers) <= 5
+    assert re.findall(r"^(\d+)\. ", solutions, flags=re.MULTILINE) == numbers
+
+
+# The models of notebook 01
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return import_models("01_baseline", tmp_path_factory.mktemp("models"))
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_parameter_counts(models):
+    # gate: one weight per channel and one bias, for each convolution: L (C + 1)
+    assert count(models.BasicGate(channels=5, num_convs=4)) == 4 * (5 + 1)
+    # block: L convolutions of C' (9 C + 1) each, and the gate
+    assert count(models.IntermediateBlock(in_channels=5, out_channels=7, num_convs=4)) == 4 * 7 * (9 * 5 + 1) + 24
+    # network: blocks 3 -> 32 -> 64 -> 128 of 3 convolutions, and a layer from 128 channels to 10 classes
+    blocks = [3 * 32 * 28 + 3 * 4, 3 * 64 * 289 + 3 * 33, 3 * 128 * 577 + 3 * 65]
+    assert count(models.BasicNet()) == sum(blocks) + 10 * 129 == 281_340
+
+
+def test_gate_starts_as_a_plain_sum(models):
+    gate = models.BasicGate(channels=5, num_convs=4)
+    assert gate.linear.weight.shape == (4, 5)
+    assert (gate.linear.weight == 0).all()
+    assert (gate.linear.bias == 1).all()
+
+
+def test_block_is_the_formula(models):
+    """x'[n, o, i, j] = sum_k a_k (bias_k[o] + sum_cuv K_k[o, c, u, v] x[n, c, i + u - 1, j + v - 1]), a = W m + b."""
+    torch.manual_seed(0)
+    channels, outputs, convs, height, width = 3, 2, 4, 5, 6
+    block = models.IntermediateBlock(channels, outputs, convs).double()
+    torch.nn.init.normal_(block.gate.linear.weight)
+    torch.nn.init.normal_(block.gate.linear.bias)
+    x = torch.randn(2, channels, height, width, dtype=torch.float64)
+
+    by_hand = torch.zeros(2, outputs, height, width, dtype=torch.float64)
+    for n, image in enumerate(x.tolist()):
+        m = [sum(map(sum, image[c])) / (height * width) for c in range(channels)]
+        for k, conv in enumerate(block.convs):
+            w, b = block.gate.linear.weight[k].tolist(), block.gate.linear.bias[k].item()
+            a = sum(w[c] * m[c] for c in range(channels)) + b
+            kernel, bias = conv.weight.tolist(), conv.bias.tolist()
+            for o, i, j in itertools.product(range(outputs), range(height), range(width)):
+                total = bias[o]
+                for c, u, v in itertools.product(range(channels), range(3), range(3)):
+                    row, column = i + u - 1, j + v - 1
+                    if 0 <= row < height and 0 <= column < width:
+                        total += kernel[o][c][u][v] * image[c][row][column]
+                by_hand[n, o, i, j] += a * total
+    torch.testing.assert_close(block(x), by_hand)
+
+
+def test_network(models):
+    torch.manual_seed(0)
+    network = models.BasicNet()
+    logits = network(torch.randn(6, 3, 32, 32))
+    assert logits.shape == (6, 10)
+    torch.nn.functional.cross_entropy(logits, torch.arange(6)).backward()
+    assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+# The first cell, on Colab and elsewhere
+
+STAND_IN = "import types\ndef pick_device(): return types.SimpleNamespace(type={device!r})\n"
+UPLOAD = "import os, shutil\ndef upload():\n    print('UPLOAD')\n    shutil.copy(os.environ['UPLOAD'], 'my_utils.py')\n"
+BEFORE = "import subprocess\nsubprocess.run = lambda command, **options: print('RUN', command, options)\n"
+AFTER = "\nprint('FOUND', Path(utils.__file__).resolve())\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs the first cell in a folder of its own, like a kernel, and returns what it printed."""
+    (tmp_path / "stubs").mkdir()
+
+    def run_cell(folder: Path, *, google: str | None = None, upload: Path | None = None, **constants):
+        source = setup_source(BASELINE)
+        for name, value in constants.items():
+            source, found = re.subn(rf"^{name} = .*", f"{name} = {value!r}", source, flags=re.MULTILINE)
+            assert found == 1
+        if google:
+            package = tmp_path / "stubs" / google.replace(".", "/")
+            package.mkdir(parents=True)
+            for part in (tmp_path / "stubs" / "google", package):
+                (part / "__init__.py").touch()
+            (package / "files.py").write_text(UPLOAD)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "stubs"), "UPLOAD": str(upload), "no_proxy": "*"}
+        # -P: without the current folder on sys.path, which the cell has to see to itself
+        command = [sys.executable, "-P", "-c", BEFORE + source + AFTER]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run_cell
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    """A file that stands in for my_utils.py, on a machine without a GPU."""
+    path = tmp_path / "elsewhere" / "my_utils.py"
+    path.parent.mkdir()
+    path.write_text(STAND_IN.format(device="cpu"))
+    return path
+
+
+def found(folder: Path) -> str:
+    return f"FOUND {(folder / 'my_utils.py').resolve()}\n"
+
+
+def test_colab_asks_for_the_file(run, tmp_path):
+    here = tmp_path / "content"
+    result = run(here, google="google.colab", upload=ROOT / "my_utils.py")
+    assert result.returncode == 0, result.stderr
+    asked = "REPOSITORY is not set: please choose my_utils.py from your computer.\nUPLOAD\n"
+    assert result.stdout.startswith(asked)
+    assert result.stdout.endswith(found(here))
+    assert "RUN" not in result.stdout
+
+
+@pytest.mark.parametrize(("device", "warned"), [("cpu", True), ("cuda", False)])
+def test_colab_without_a_gpu(run, tmp_path, stand_in, device, warned):
+    stand_in.write_text(STAND_IN.format(device=device))
+    result = run(tmp_path / "content", google="google.colab", upload=stand_in)
+    assert result.returncode == 0, result.stderr
+    assert ("No GPU: choose Runtime > Change runtime type > T4 GPU" in result.stdout) == warned
+
+
+@pytest.fixture
+def address(stand_in):
+    """The address of a server that has the stand-in."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=stand_in.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_colab_fetches_the_file(run, tmp_path, stand_in, address):
+    here = tmp_path / "content"
+    result = run(here, google="google.colab", upload=stand_in, REPOSITORY=address)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(found(here))
+    assert "UPLOAD" not in result.stdout
+    assert (here / "my_utils.py").read_text() == stand_in.read_text()
+
+
+def test_failed_fetch_leaves_nothing(run, tmp_path, address):
+    result = run(tmp_path / "content", google="google.colab", REPOSITORY=f"{address}/missing")
+    assert "HTTP Error 404" in result.stderr
+    assert list((tmp_path / "content").iterdir()) == []
+
+
+@pytest.mark.parametrize("google", [None, "google.protobuf"])
+def test_elsewhere_the_file_is_missed(run, tmp_path, google):
+    result = run(tmp_path / "content", google=google)
+    assert "FileNotFoundError: my_utils.py is neither beside nor above this notebook; start Jupyter in" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("google", [None, "google.colab"])
+@pytest.mark.parametrize("below", [".", "notebooks", "notebooks/deeper"])
+def test_file_beside_or_above_is_found(run, tmp_path, stand_in, google, below):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(stand_in, project)
+    # Nobody answers at this address, and there is nothing to upload.
+    result = run(project / below, google=google, REPOSITORY="http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(found(project))
+
+
+def test_only_missing_packages_are_installed(run, stand_in):
+    result = run(stand_in.parent, NEEDED=["json", "missing_one", "tqdm", "missing_two"])
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "missing_one", "missing_two"]
+    assert result.stdout.startswith(f"RUN {command} {{'check': True}}\n")
+
+
+def test_needed_packages_are_those_that_colab_lacks():
+    imports = [node for node in ast.parse((ROOT / "my_utils.py").read_text(encoding="utf-8")).body]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    on_colab = {"torch", "torchvision", "numpy", "scipy", "matplotlib", "pandas", "requests"}
+    (needed,) = re.findall(r"^NEEDED = (.*)", setup_source(BASELINE), flags=re.MULTILINE)
+    assert set(ast.literal_eval(needed)) == packages - on_colab
