@@ -995,7 +995,10 @@ class _Trainer:
         if self.splits.val is not None:
             try:
                 result = evaluate(model, self.splits.val, precision=self.recipe.precision)
-            except ValueError:  # the last step broke the weights
+            except ValueError as error:
+                if "finite" not in str(error):
+                    raise
+                # The last step broke the weights.
                 history.step_loss.append(math.nan)
                 history.step_learning_rate.append(history.step_learning_rate[-1])
                 self.check_finite(len(history.seconds) - 1)
@@ -1007,7 +1010,9 @@ class _Trainer:
         if self.probe:
             shown = self.averaged.module if self.averaged else self.model
             with torch.no_grad(), _evaluating(shown):
-                history.probe.append(self.probe(shown))
+                history.probe.append({name: float(value) for name, value in self.probe(shown).items()})
+            if not all(map(math.isfinite, history.probe[-1].values())):
+                raise ValueError(f"probe returned {history.probe[-1]}; its numbers must be finite")
         progress.epoch_done(history)
 
     def check_finite(self, epoch: int) -> None:
@@ -1042,6 +1047,8 @@ class _Trainer:
             return
         try:
             self.load(torch.load(path, map_location=self.device, weights_only=True))
+        except PermissionError:
+            raise
         except Exception as error:  # torch raises nearly anything on a file that is not its own
             raise RuntimeError(
                 f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(error).__name__}). "
@@ -1605,7 +1612,14 @@ def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
     for colour, (label, content) in zip(sns.color_palette("colorblind", len(records)), records.items(), strict=True):
         values = scale * np.array([entry["history"][curve] for entry in content["seeds"]])
         epochs = range(1, values.shape[1] + 1)
-        axes.plot(epochs, values.mean(0), "o-", color=colour, ms=4, label=f"{label} ({len(values)} seeds)")
+        axes.plot(
+            epochs,
+            values.mean(0),
+            "o-",
+            color=colour,
+            ms=4,
+            label=f"{label} ({len(values)} seed{'s' * (len(values) > 1)})",
+        )
         axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.25, linewidth=0)
     what = {"train": "training", "val": "validation", "test": "test"}[curve.split("_")[0]]
     axes.set(xlabel="epoch", ylabel=f"{what} accuracy (%)" if scale == 100 else f"{what} loss (nats)", title=title)
@@ -1629,7 +1643,7 @@ def plot_classes(split: Split, classes: Sequence[str], per_class: int = 8, title
     for label, row in enumerate(grid):
         row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
         for axes, image in zip(row, split.images[split.labels == label][:per_class], strict=False):
-            axes.imshow(image.permute(1, 2, 0), interpolation="nearest")
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     figure.suptitle(title)
     return figure
 
@@ -1645,7 +1659,7 @@ def plot_augmentation(
         shown = augmentation(images, augmentation.draw(count, 0, column), mean) if column else images
         grid[0, column].set_title(f"epoch {column}" if column else "original", fontsize="small")
         for axes, image in zip(grid[:, column], shown, strict=True):
-            axes.imshow(image.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+            axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     figure.suptitle(title)
     return figure
 
@@ -1673,7 +1687,7 @@ def plot_mistakes(
     figure, grid = _image_grid(math.ceil(count / columns), columns, side=2.1)
     for axes, index in zip(grid.flat, confidence.argsort(descending=True)[:count].tolist(), strict=False):
         if confidence[index] >= 0:
-            axes.imshow(split.images[index].cpu().permute(1, 2, 0), interpolation="nearest")
+            axes.imshow(split.images[index].cpu().permute(1, 2, 0).numpy(), interpolation="nearest")
             said, true = classes[int(answer[index])], classes[int(evaluation.labels[index])]
             axes.set_title(f"said {said}, {confidence[index]:.0%}\nis {true}", fontsize="small")
     figure.suptitle(title)

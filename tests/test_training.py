@@ -43,6 +43,11 @@ def first_weights(build_model, seed=0):
         return build_model().state_dict()
 
 
+def checkpoint_of(store):
+    [path] = store.glob("**/checkpoint.pt")
+    return torch.load(path, weights_only=True)
+
+
 def assert_same(one, other):
     """Check that two runs ended with the same bits and logged the same values; only the times may differ."""
     weights, others = one.model.state_dict(), other.model.state_dict()
@@ -228,6 +233,13 @@ def test_every_group_follows_the_schedule():
             scheduler.step()
 
 
+def test_fit_moves_every_schedule(splits, store):
+    overrides = {"head.weight": {"optimizer": "muon", **MUON}}
+    fit(Tiny, splits, recipe(overrides=overrides, schedule="step", schedule_args={"epochs": 1, "gamma": 0.1}))
+    rates = [optimizer["param_groups"][0]["lr"] for optimizer in checkpoint_of(store)["optimizers"]]
+    assert rates == pytest.approx([0.0005, 0.0002])  # after two epochs
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 10])
 @pytest.mark.parametrize("schedule_args", [{}, {"pct_start": 0.1}, {"pct_start": 0.2}, {"pct_start": 0.25}])
 def test_onecycle_of_any_length(steps, schedule_args):
@@ -326,17 +338,23 @@ def test_label_smoothing(splits):
 
 
 def test_weight_averaging_is_an_exponential_moving_average(splits, store):
+    """Of the weights after each step, and of the running statistics, which a forward pass moves."""
     decay, seen = 0.75, []
-    with each_forward(lambda call, model, logits: seen.append(model.head.weight.detach().clone())):
+
+    def look(call, model, logits):
+        seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    with each_forward(look):
         run = fit(Tiny, splits, recipe(weight_averaging=decay))
-    [checkpoint] = store.glob("**/checkpoint.pt")
-    last = torch.load(checkpoint, weights_only=True)["model"]["head.weight"]
-    after_step = [*seen[1:], last]
-    average = after_step[0]
-    for weight in after_step[1:]:
-        average = decay * average + (1 - decay) * weight
-    torch.testing.assert_close(run.model.head.weight, average)
-    assert not torch.equal(run.model.head.weight, last)
+    last = checkpoint_of(store)["model"]
+    found = run.model.state_dict()
+    for name in ("head.weight", "conv.bias", "norm.running_mean", "norm.running_var"):
+        after_step = [state[name] for state in (seen if "running" in name else [*seen[1:], last])]
+        average = after_step[0]
+        for value in after_step[1:]:
+            average = decay * average + (1 - decay) * value
+        torch.testing.assert_close(found[name], average)
+        assert not torch.equal(found[name], last[name])
     assert run.history.val_loss[-1] == pytest.approx(evaluate(run.model, splits.val, precision="float32").nll)
 
 
@@ -372,8 +390,10 @@ def test_the_callers_random_numbers_stay_the_same(splits):
         assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["validated", "merged"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite(splits, store, monkeypatch, capsys, bad):
+def test_a_loss_that_is_not_finite(splits, store, monkeypatch, capsys, bad, merged):
+    splits = splits.with_val_in_train() if merged else splits
     settings = recipe(epochs=3, schedule="step", schedule_args={"epochs": 1, "gamma": 0.1})
     reference = fit(Tiny, splits, settings)
     monkeypatch.setenv("RUNS_DIR", str(store / "faulty"))
@@ -385,8 +405,7 @@ def test_a_loss_that_is_not_finite(splits, store, monkeypatch, capsys, bad):
     ):
         fit(Tiny, splits, settings)
     assert "checkpoint of epoch 1 is untouched" in str(caught.value)
-    [checkpoint] = (store / "faulty").glob("**/checkpoint.pt")
-    assert len(torch.load(checkpoint, weights_only=True)["history"]["seconds"]) == 1
+    assert len(checkpoint_of(store / "faulty")["history"]["seconds"]) == 1
     capsys.readouterr()
     assert_same(fit(Tiny, splits, settings), reference)  # the fault is gone
     assert "going on after epoch 1 of 3" in capsys.readouterr().out
@@ -397,6 +416,11 @@ def test_weights_that_break_in_an_epochs_last_step(splits, store):
     with pytest.raises(FloatingPointError, match=r"learning rate 1e\+38.* ten times smaller"):
         fit(Tiny, splits, recipe(batch_size=200, learning_rate=1e38))
     assert not list(store.glob("**/checkpoint.pt"))
+
+
+def test_a_model_with_other_outputs_is_named_as_such(splits):
+    with pytest.raises(ValueError, match=r"logits are \[100, 12\].* must be \[N, 10\]"):
+        fit(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)), splits, recipe())
 
 
 @pytest.mark.parametrize(("training", "at"), [(True, 0), (True, 6), (False, 1)], ids=["start", "batch", "validation"])
@@ -491,6 +515,7 @@ def test_mixed_precision_trains_and_goes_on(splits, store, monkeypatch, precisio
     assert set(seen) == {getattr(torch, precision)}
     assert reference.model.head.weight.dtype == torch.float32
     assert reference.history.train_loss[-1] < reference.history.train_loss[0]
+    scaler = checkpoint_of(store)["scaler"]
 
     def interrupt(call, model, logits):
         if call == 9:
@@ -500,3 +525,4 @@ def test_mixed_precision_trains_and_goes_on(splits, store, monkeypatch, precisio
     with each_forward(interrupt), pytest.raises(KeyboardInterrupt):
         fit(Tiny, splits, settings)
     assert_same(fit(Tiny, splits, settings), reference)
+    assert checkpoint_of(store / "interrupted")["scaler"] == scaler

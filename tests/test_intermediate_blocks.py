@@ -1,0 +1,237 @@
+"""The models of notebook 02: parameter counts by hand, and each block against a slow, obvious reference."""
+
+import itertools
+
+import pytest
+import torch
+from notebook_models import import_models
+from torch.nn import functional as F
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return import_models("02_intermediate_blocks", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def images(channels: int, side: int = 8, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, channels, side, side, dtype=torch.float64)
+
+
+def conv(layer, x):
+    """The layer's convolution of one image [C, H, W], by torch's own function and its kernel shape."""
+    kernel = layer.bank.reshape(layer.bank.shape[0], layer.in_channels, layer.k, layer.k)
+    return F.conv2d(x[None], kernel, layer.bias, padding=(layer.k - 1) // 2)[0]
+
+
+def expert_weights(gate, x):
+    """softmax(W2 relu(W1 m + b1) + b2) for one image."""
+    m = torch.stack([channel.mean() for channel in x])
+    hidden = (gate.reduce.weight @ m + gate.reduce.bias).clamp(min=0)
+    z = gate.expand.weight @ hidden + gate.expand.bias
+    return z.exp() / z.exp().sum()
+
+
+def normalised(norm, y, channels=slice(None)):
+    """BatchNorm in evaluation mode, for one image and some of its channels."""
+    mean, var = norm.running_mean[channels], norm.running_var[channels]
+    scale, shift = norm.weight[channels], norm.bias[channels]
+    column = (slice(None), None, None)
+    return (y - mean[column]) / (var[column] + norm.eps).sqrt() * scale[column] + shift[column]
+
+
+def disturb(model):
+    """Random statistics, scales and gate weights, so that nothing is tested at a value that hides it."""
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+        for name, value in model.named_buffers():
+            if value.is_floating_point():
+                value.copy_(0.5 + torch.rand_like(value) if "var" in name else torch.randn_like(value))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_conv_views_its_bank_as_kernels(models, k):
+    layer = disturb(models.Conv(4, 5, k=k, bias=True))
+    x = images(4)
+    reference = torch.nn.Conv2d(4, 5, k, padding=k // 2).double()
+    reference.load_state_dict({"weight": layer.bank.detach().view(5, 4, k, k), "bias": layer.bias.detach()})
+    torch.testing.assert_close(layer(x), reference(x))
+
+
+def test_expert_gate(models):
+    gate, x = disturb(models.ExpertGate(16, 4)), images(16)
+    torch.testing.assert_close(gate(x), torch.stack([expert_weights(gate, image) for image in x]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("side", "num_experts"), [(16, 4), (16, 3), (8, 4)])
+def test_kernels_and_outputs_mix_alike(models, bias, side, num_experts):
+    experts, x = disturb(models.MixedExperts(3, 5, num_experts, bias=bias)), images(3, side)
+    a = torch.randn(3, num_experts, dtype=torch.float64)
+    by_hand = torch.stack(
+        [
+            sum(w * conv(c, image) for w, c in zip(row, experts.convs, strict=True))
+            for row, image in zip(a, x, strict=False)
+        ]
+    )
+    for way in (experts, experts.mix_kernels, experts.mix_outputs):
+        torch.testing.assert_close(way(x, a), by_hand)
+
+
+def s0_block(block, image):
+    a = block.gate.linear.weight @ image.mean((1, 2)) + block.gate.linear.bias
+    pooled = block.pool(image[None])[0]
+    width, total = block.norm.num_features // 4, 0
+    for k, path in enumerate(block.paths.convs):
+        mine = slice(k * width, (k + 1) * width)
+        y = normalised(block.norm, conv(path, pooled), mine).clamp(min=0)
+        hidden = slice(k * (width // 8), (k + 1) * (width // 8))
+        squeezed = block.se.reduce.weight[hidden, :, 0, 0] @ y.mean((1, 2)) + block.se.reduce.bias[hidden]
+        scale = (block.se.expand.weight[mine, :, 0, 0] @ squeezed.clamp(min=0) + block.se.expand.bias[mine]).sigmoid()
+        total = total + a[k] * scale[:, None, None] * y
+    return normalised(block.skip[1], conv(block.skip[0], pooled)) + total
+
+
+def s1_block(block, image):
+    a = expert_weights(block.gate, image)
+    y = block.pool(sum(w * conv(c, image) for w, c in zip(a, block.experts.convs, strict=True))[None])[0]
+    return normalised(block.norm, y).clamp(min=0)
+
+
+def s3_block(block, image):
+    total, y = conv(block.skip, image), image
+    for weight, (layer, _, norm) in zip(expert_weights(block.gate, image), block.steps, strict=True):
+        y = normalised(norm, conv(layer, y).clamp(min=0))
+        total = total + weight * y
+    return block.pool(total.clamp(min=0)[None])[0]
+
+
+def s4_block(block, image):
+    a = expert_weights(block.gate, image)
+    return block.pool(sum(w * conv(c, image) for w, c in zip(a, block.experts.convs, strict=True))[None])[0].clamp(
+        min=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reference"),
+    [
+        ("S0Block", (8, 16, True), s0_block),
+        ("S1Block", (8, 6, True), s1_block),
+        ("S3Block", (3, 8, 6, True), s3_block),
+        ("S4Block", (8, 6, True), s4_block),
+    ],
+)
+def test_block_equals_its_slow_reference(models, name, arguments, reference):
+    block, x = disturb(getattr(models, name)(*arguments)), images(8)
+    torch.testing.assert_close(block(x), torch.stack([reference(block, image) for image in x]))
+
+
+def test_stochastic_depth_leaves_the_skip(models):
+    block, x = disturb(models.S0Block(8, 16, drop=0.5)), images(8, count=64)
+    for norm in (block.norm, block.skip[1]):
+        norm.momentum = 0.0
+    with torch.no_grad():
+        kept = block(x)
+        assert torch.equal(kept, block(x))
+        block.drop = 1 - 1e-12  # practically always
+        block.train()
+        for norm in (block.norm, block.skip[1]):
+            norm.eval()
+        torch.testing.assert_close(block(x), block.skip(x))
+
+
+def conv_count(i, o, k=3, bias=False):
+    return i * o * k * k + bias * o
+
+
+def gate_count(channels, experts):
+    hidden = max(4, channels // 4)
+    return channels * hidden + hidden + hidden * experts + experts
+
+
+def s0_count():
+    stem = sum(conv_count(i, o) + 2 * o for i, o in [(3, 64), (64, 128), (128, 128)])
+    blocks = 0
+    for i, o in [(128, 128), (128, 192), (192, 256)]:
+        se = 4 * (o * (o // 8) + o // 8 + (o // 8) * o + o)
+        blocks += i * 4 + 4 + 4 * conv_count(i, o) + 2 * 4 * o + se + conv_count(i, o, 1) + 2 * o
+    return stem + blocks + 256 * 10 + 10
+
+
+def s1_count():
+    plan = [(32, 48, 4), (48, 96, 4), (96, 96, 4), (96, 128, 2), (128, 256, 2)]
+    blocks = sum(gate_count(i, k) + k * conv_count(i, o) + 2 * o for i, o, k in plan)
+    return conv_count(3, 32) + 2 * 32 + blocks + 256 * 10 + 10
+
+
+def s2_count():
+    widths = [3] + [64] * 3 + [128] * 3 + [256] * 4
+    return sum(conv_count(i, o) + 2 * o for i, o in itertools.pairwise(widths)) + 256 * 16 * 10 + 10
+
+
+def s3_count():
+    stem = conv_count(3, 32, bias=True) + conv_count(32, 32, bias=True)
+    blocks = 0
+    for n, i, o in [(1, 32, 60), (2, 60, 100), (2, 100, 160), (2, 160, 240), (3, 240, 340), (3, 340, 460)]:
+        convs = conv_count(i, o) + (n - 1) * conv_count(o, o) + n * 2 * o
+        blocks += gate_count(i, n) + convs + conv_count(i, o, 1, bias=True)
+    return stem + blocks + sum(i * o + o for i, o in [(1840, 800), (800, 400), (400, 200), (200, 10)])
+
+
+def s4_count():
+    widths = [3, 32, 32, 64, 64, 96, 128]
+    pairs = list(itertools.pairwise(widths))
+    return sum(gate_count(i, 4) + 4 * conv_count(i, o, bias=True) for i, o in pairs) + 128 * 10 + 10
+
+
+def basic_count():
+    pairs = [(3, 32), (32, 64), (64, 128)]
+    return sum(i * 3 + 3 + 3 * conv_count(i, o, bias=True) for i, o in pairs) + 128 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("BasicNet", basic_count()),
+        ("S0", s0_count()),
+        ("S1", s1_count()),
+        ("S2", s2_count()),
+        ("S3", s3_count()),
+        ("S4Stage2", s4_count()),
+    ],
+)
+def test_network(models, name, count):
+    network = getattr(models, name)()
+    assert sum(p.numel() for p in network.parameters()) == count
+    logits = network(torch.randn(4, 3, 32, 32))
+    assert logits.shape == (4, 10)
+    logits.square().sum().backward()
+    # A softmax over a single convolution is constant: S3's first gate is the only part that cannot learn.
+    idle = {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert all(n.startswith("blocks.0.gate") for n in idle) if name == "S3" else not idle
+
+
+@pytest.mark.parametrize("kind", ["softmax", "linear", "sigmoid", "annealed", "uniform"])
+def test_ablation_gates_start_near_equal_weights(models, kind):
+    gate = models.AblationGate(16, 4, kind, anneal_steps=10)
+    a = gate(torch.randn(64, 16, 8, 8))
+    torch.testing.assert_close(a.mean(0), torch.full((4,), 0.25), atol=0.2, rtol=0)
+    assert torch.equal(a[0], a[1]) == (kind == "uniform")
+
+
+def test_annealing_cools_down(models):
+    gate, x = models.AblationGate(16, 4, "annealed", anneal_steps=10), 10 * torch.randn(64, 16, 8, 8)
+    with torch.no_grad():
+        gate.reduce.weight.mul_(100)
+        spreads = [gate(x).std().item() for _ in range(12)]
+    assert spreads[0] < spreads[5] < spreads[9]
+    assert spreads[10] == pytest.approx(spreads[11])
