@@ -103,7 +103,7 @@ def pick_precision(precision: str = "auto", device: torch.device | None = None) 
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu":
-        # get_capabilities came with torch 2.10; an older torch trains in float32, which is right, only slower.
+        # Where torch is too old to have get_capabilities it trains in float32, which is right, only slower.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
@@ -853,7 +853,7 @@ class _Trainer:
     """One training: everything that a checkpoint must hold, and where it is kept."""
 
     def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, probe, device):
-        self.build_model, self.splits, self.recipe, self.seed, self.watch = build_model, splits, recipe, seed, watch
+        self.splits, self.recipe, self.seed, self.watch = splits, recipe, seed, watch
         self.name, self.device, self.probe = run, device, probe
         self.model = build_model()
         if not isinstance(self.model, nn.Module):
@@ -929,7 +929,7 @@ class _Trainer:
                     self.evaluate_epoch(progress)
                     self.checkpoint()
                     if live:
-                        live.draw(self.history, at_once=True)
+                        live.draw(self.history)
             except KeyboardInterrupt:
                 self.write_run("interrupted.json")
                 print(f"\n{self.name}: interrupted; fit again to go on after epoch {len(self.history.seconds)}")
@@ -1167,10 +1167,10 @@ class _LivePlot:
     def __init__(self, title: str, epochs: int):
         self.title, self.epochs, self.next, self.handle = title, epochs, 0.0, None
 
-    def draw(self, history: History, at_once: bool = False) -> None:
+    def draw(self, history: History) -> None:
         start = time.monotonic()
         last = len(history.seconds) == self.epochs
-        if not _in_notebook() or (start < self.next and not (at_once and last)):
+        if not _in_notebook() or (start < self.next and not last):
             return
         self.handle = show(plot_history(history, self.epochs, self.title), alt=_CURVES_ALT, handle=self.handle)
         now = time.monotonic()

@@ -12,11 +12,6 @@ from torch import nn
 from my_utils import batches, count_flops, evaluate, predict, score
 
 
-@pytest.fixture(scope="module")
-def splits(synthetic_splits):
-    return synthetic_splits.head(200, 100, 100)
-
-
 @pytest.fixture
 def model():
     """A small network with weights of its own and running statistics that matter."""

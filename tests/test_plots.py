@@ -14,19 +14,7 @@ from tiny import Tiny, recipe
 import my_utils
 from my_utils import CIFAR10_CLASSES, Augmentation, History, score, show
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """A project folder and a run store of its own for each test."""
-    monkeypatch.setattr(my_utils, "ROOT", tmp_path)
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.delenv("REUSE_RECORDS", raising=False)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def splits(synthetic_splits):
-    return synthetic_splits.head(200, 100, 100)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 HISTORY = History(

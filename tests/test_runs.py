@@ -25,19 +25,7 @@ from torch import nn
 import my_utils
 
 fit = partial(my_utils.fit, run="test/tiny", plot=False)
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    """An empty run store for each test."""
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.delenv("REUSE_RECORDS", raising=False)
-    return tmp_path / "runs"
-
-
-@pytest.fixture(scope="module")
-def splits(synthetic_splits):
-    return synthetic_splits.head(200, 100, 100)
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def load(path: Path):

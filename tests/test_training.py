@@ -15,21 +15,9 @@ import my_utils
 from my_utils import Augmentation, Recipe, batches, build_optimizers, build_scheduler, evaluate, pick_precision
 
 fit = partial(my_utils.fit, run="test/tiny", plot=False)
+pytestmark = pytest.mark.usefixtures("store")
 MUON = {"learning_rate": 0.02, "weight_decay": 0.1}
 REST = {"optimizer": "adamw", "learning_rate": 0.01}
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    """An empty run store for each test."""
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.delenv("REUSE_RECORDS", raising=False)
-    return tmp_path / "runs"
-
-
-@pytest.fixture(scope="module")
-def splits(synthetic_splits):
-    return synthetic_splits.head(200, 100, 100)
 
 
 def linear():
