@@ -1,0 +1,428 @@
+"""The report, its figures and the README's tables: built from the committed records, and checked against them.
+
+Nothing here trains or opens weights. Each product carries the digest of what it was built from (a figure and the
+report in their metadata; the README's text is simply compared), so that `check` tells when a record has changed since.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import nbformat
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import typst
+from matplotlib.figure import Figure
+from PIL import Image
+from pypdf import PdfReader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import my_utils as utils
+
+# The public address of this project on GitHub as "owner/name", its branch being "main". While it is empty, the README
+# has no badges. The set-up cells of the notebooks name the same place, which `check` verifies.
+REPOSITORY = ""
+
+Records = Mapping[str, dict]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RecordError(ValueError):
+    """Records that cannot be used; the message has a line for each fault, with file and key."""
+
+
+def _object(**properties: dict) -> dict:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _list(items: dict, **more) -> dict:
+    return {"type": "array", "items": items, **more}
+
+
+TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number", "minimum": 0}, {"type": "integer", "minimum": 0}
+FRACTION = {"type": "number", "minimum": 0, "maximum": 1}
+HISTORY = _object(
+    step_loss=_list(NUMBER),
+    step_learning_rate=_list(NUMBER),
+    train_loss=_list(NUMBER),
+    train_top1=_list(FRACTION),
+    val_loss=_list(NUMBER),
+    val_top1=_list(FRACTION),
+    test_top1=_list(FRACTION),
+    seconds=_list(NUMBER),
+    probe=_list({"type": "object", "additionalProperties": {"type": "number"}}),
+)
+SEED = _object(
+    seed=COUNT,
+    fingerprint=TEXT,
+    device=TEXT,
+    versions=_object(python=TEXT, torch=TEXT),
+    val_top1={"anyOf": [FRACTION, {"type": "null"}]},
+    test_top1=FRACTION,
+    test_top1_interval=_list(FRACTION, minItems=2, maxItems=2),
+    test_nll=NUMBER,
+    test_ece=FRACTION,
+    test_confusion=_list(_list(COUNT, minItems=10, maxItems=10), minItems=10, maxItems=10),
+    train_seconds=NUMBER,
+    history=HISTORY,
+)
+RECORD = _object(
+    name=TEXT,
+    notebook=TEXT,
+    system={"enum": [None, "S0", "S1", "S2", "S3", "S4"]},
+    data={"const": "cifar10"},
+    run_size={"const": "full"},
+    parameters=COUNT,
+    train_flops={"type": "number", "exclusiveMinimum": 0},
+    epochs={"type": "integer", "minimum": 1},
+    recipe=_object(
+        batch_size=COUNT,
+        optimizer=TEXT,
+        overrides={"type": "object"},
+        learning_rate=NUMBER,
+        schedule=TEXT,
+        label_smoothing=FRACTION,
+        augmentation={"type": "object"},
+    ),
+    published_top1={"anyOf": [FRACTION, {"type": "null"}]},
+    published_epochs={"anyOf": [COUNT, {"type": "null"}]},
+    seeds=_list(SEED, minItems=1),
+)
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """Return the records in a folder by name, in order.
+
+    Raises:
+        RecordError: a record is cut off, lacks a key, has a value of another type or an accuracy outside 0 .. 1, is
+            not of a full run on CIFAR-10, or contradicts itself.
+    """
+    records, faults = {}, []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        except ValueError as error:
+            faults.append(f"{path.name}: not a whole JSON file: {error}")
+            continue
+        errors = sorted(jsonschema.Draft202012Validator(RECORD).iter_errors(content), key=lambda e: e.json_path)
+        found = [f"{e.json_path.removeprefix('$').removeprefix('.')}: {e.message:.200}" for e in errors]
+        faults += [f"{path.name}: {fault.removeprefix(': ')}" for fault in found or _contradictions(content, path.stem)]
+        records[path.stem] = content
+    if faults:
+        raise RecordError("\n".join(faults))
+    return records
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not a number")
+
+
+def _contradictions(content: dict, name: str) -> list[str]:
+    """What no single value of a record shows: its name, seeds that occur twice, curves of another length."""
+    faults = [] if content["name"] == name else [f"name: {content['name']!r} is not the name of the file"]
+    seeds = [entry["seed"] for entry in content["seeds"]]
+    if len(set(seeds)) < len(seeds):
+        faults.append(f"seeds: a seed occurs twice in {seeds}")
+    for index, entry in enumerate(content["seeds"]):
+        for curve, values in entry["history"].items():
+            if not curve.startswith("step_") and len(values) not in (0, content["epochs"]):
+                faults.append(
+                    f"seeds[{index}].history.{curve}: {len(values)} values, but epochs is {content['epochs']}"
+                )
+    return faults
+
+
+def read_published(report: Path) -> dict:
+    """Return what others published: the five systems, each with our records of it, and the speed records."""
+    return json.loads((report / "published.json").read_text(encoding="utf-8"))
+
+
+def digest(content) -> str:
+    """Return a hash of anything JSON can hold; how a file was formatted does not change it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure made of records alone: which ones it uses, how it is drawn, and what it shows, in words.
+
+    needs: one of the records it uses must be there, else there is no such figure; None means it is always drawn
+    """
+
+    uses: str  # a regular expression that fits the whole name of a record
+    draw: Callable[[Records, dict], Figure]
+    alt: str
+    always: bool = False
+
+
+def plot_baseline(records: Records, _) -> Figure:
+    """Return the baseline's validation curve, as notebook 01 draws it."""
+    return utils.plot_curves({"baseline": records["01_baseline"]}, "val_top1", "Validation accuracy of the baseline")
+
+
+def plot_baseline_confusion(records: Records, _) -> Figure:
+    """Return the confusion matrix of the baseline's first seed."""
+    seed = records["01_baseline"]["seeds"][0]
+    title = f"Baseline, test split, seed {seed['seed']}"
+    return utils.plot_confusion(seed["test_confusion"], utils.CIFAR10_CLASSES, title)
+
+
+def plot_networks(records: Records, _) -> Figure:
+    """Return the validation curves of the networks that were trained with the common recipe."""
+    labels = {name.removeprefix("02_"): content for name, content in records.items()}
+    return utils.plot_curves(labels, "val_top1", "Published designs under one recipe")
+
+
+def plot_entropy(records: Records, _) -> Figure:
+    """Return how evenly S1's gates use their experts, per block, over the epochs of the first seed."""
+    seed = records["02_s1"]["seeds"][0]
+    entropy = pd.DataFrame(seed["history"]["probe"])
+    entropy.index += 1
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if not entropy.empty:
+        sns.lineplot(entropy, ax=axes, marker="o", palette="colorblind")
+    title = f"Gates of S1 while training, seed {seed['seed']}"
+    axes.set(xlabel="epoch", ylabel="entropy of the gate / ln K", ylim=(0, 1.05), title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def plot_ablation(records: Records, _) -> Figure:
+    """Return the validation accuracy of each arm: a dot per seed and a line at the mean."""
+    values = {
+        name.removeprefix("02_ablation_").replace("_", ", "): [entry["val_top1"] for entry in content["seeds"]]
+        for name, content in records.items()
+    }
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, top1 in enumerate(values.values()):
+        percent = 100 * np.array(top1, dtype=float)
+        axes.plot(percent, [row] * len(percent), "o", color=utils.COLOURS["val"], alpha=0.7)
+        axes.plot([percent.mean()] * 2, [row - 0.3, row + 0.3], color="0.2")
+    axes.set(xlabel="validation accuracy (%)", title="Ablation: each dot is a seed, each line a mean")
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    return figure
+
+
+def plot_cost(records: Records, published: dict) -> Figure:
+    """Return test accuracy against training cost, with the speed records as anchors."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(("01", "02", "03"), sns.color_palette("colorblind", 3), strict=True))
+    stages = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
+    points = []
+    for name, content in records.items():
+        top1 = [100 * entry["test_top1"] for entry in content["seeds"]]
+        error = np.std(top1, ddof=1) if len(top1) > 1 else None
+        pflop, colour = content["train_flops"] / 1e15, colours.get(name[:2], "0.3")
+        label = stages.pop(name[:2], None)
+        axes.errorbar(pflop, np.mean(top1), error, fmt="o", color=colour, capsize=3, label=label)
+        points.append((pflop, np.mean(top1), name[3:]))
+    speed = published["speed_records"]
+    cost, top1 = [entry["pflop"] for entry in speed], [100 * entry["top1"] for entry in speed]
+    axes.plot(cost, top1, "k*--", ms=11, linewidth=0.8, label="speed records (airbench)")
+    points += [(x, y, entry["name"]) for x, y, entry in zip(cost, top1, speed, strict=True)]
+    for x, y, label in points:
+        axes.annotate(label, (x, y), xytext=(6, -11), textcoords="offset points", fontsize="small")
+    axes.set(xscale="log", xlabel="training cost (PFLOP)", ylabel="test accuracy (%)")
+    axes.set_title("Test accuracy against training cost; bars: standard deviation over seeds")
+    axes.margins(x=0.15, y=0.1)
+    axes.legend(loc="lower right")
+    return figure
+
+
+PLOTS = {
+    "01_baseline_val": Plot("01_baseline", plot_baseline, "Validation accuracy of the baseline rises over the epochs"),
+    "01_baseline_confusion": Plot(
+        "01_baseline", plot_baseline_confusion, "Heat map of true against predicted class, in per cent of the true class"
+    ),
+    "02_networks": Plot(
+        "02_(basic|s[0-4])", plot_networks, "Validation accuracy over the epochs, one line per network, one recipe"
+    ),
+    "02_entropy": Plot("02_s1", plot_entropy, "Normalised entropy of each gate of S1 over the epochs"),
+    "02_ablation": Plot(
+        "02_ablation_.*", plot_ablation, "Validation accuracy of each arm of the ablation, a dot per seed"
+    ),
+    "accuracy_cost": Plot(
+        "(?!.*_(ablation|ladder)_).*",
+        plot_cost,
+        "Test accuracy against training cost on a logarithmic axis: our records, and the three speed records of airbench",
+        always=True,
+    ),
+}
+
+
+def _used(plot: Plot, records: Records) -> dict[str, dict]:
+    return {name: content for name, content in records.items() if re.fullmatch(plot.uses, name)}
+
+
+def _figure_digest(plot: Plot, records: Records, published: dict) -> str:
+    used = _used(plot, records)
+    return digest([used, published["speed_records"]] if plot.always else used)
+
+
+def build_figures(root: Path, records: Records) -> None:
+    """Draw every figure that records alone can give into report/figures/; delete those whose records are gone."""
+    published = read_published(root / "report")
+    folder = root / "report" / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, plot in PLOTS.items():
+        used, path = _used(plot, records), folder / f"{name}.png"
+        if used or plot.always:
+            metadata = {"Description": plot.alt, "Records": _figure_digest(plot, records, published)}
+            plot.draw(used, published).savefig(path, dpi=110, metadata=metadata)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _figures(report: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((report / "figures").glob("*.png"))}
+
+
+def _report_digest(report: Path, records: Records) -> str:
+    texts = [(report / name).read_text(encoding="utf-8") for name in ("report.typ", "references.bib")]
+    images = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in _figures(report).items()}
+    return digest([records, read_published(report), texts, images])
+
+
+def compile_report(root: Path, records: Records) -> bytes:
+    """Return the report as PDF. With the same version of typst, the same input gives the same bytes."""
+    report = root / "report"
+    published = read_published(report)
+    for system in published["systems"]:
+        for name in system["ours"].keys() & records.keys():
+            stated = records[name]["published_top1"], records[name]["published_epochs"]
+            if stated != (None, None) and stated != (system["top1"], system["epochs"]):
+                raise RecordError(f"{name}.json: published_top1, published_epochs: {stated}, unlike published.json")
+    inputs = {
+        "records": json.dumps(list(records)),
+        "figures": json.dumps({name: describe(path) for name, path in _figures(report).items()}),
+        "validation": str(10 * utils.VAL_PER_CLASS),
+        "digest": _report_digest(report, records),
+    }
+    return typst.compile(
+        str(report / "report.typ"), root=str(report), ignore_system_fonts=True, sys_inputs=inputs, pdf_standards=["ua-1"]
+    )
+
+
+def describe(path: Path) -> str:
+    """Return what a figure shows, in words, from its metadata."""
+    with Image.open(path) as image:
+        return image.info["Description"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def results_markdown(records: Records) -> str:
+    """Return the table of the headline records in Markdown, each row with a link to its record."""
+    headline = {name: content for name, content in records.items() if not re.search("_(ablation|ladder)_", name)}
+    if not headline:
+        return "No training has been recorded yet."
+    table = utils.results_table(list(headline.values())).reset_index(names="record")
+    table["record"] = [f"[{name}](report/results/{name}.json)" for name in headline]
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def colab_address(repository: str, notebook: str) -> str:
+    """Return the address that opens a notebook of a GitHub repository, "owner/name", in Colab."""
+    return f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{notebook}.ipynb"
+
+
+def raw_address(repository: str) -> str:
+    """Return the address of the repository's files as raw text: what REPOSITORY in the notebooks must be."""
+    return f"https://raw.githubusercontent.com/{repository}/main" if repository else ""
+
+
+def colab_markdown(root: Path, repository: str) -> str:
+    """Return a badge per notebook that opens it in Colab, or how to do without while there is no address."""
+    if not repository:
+        return "Open a notebook there with File > Upload notebook; its set-up cell then asks you for `my_utils.py`."
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    names = [path.stem for path in sorted((root / "notebooks").glob("*.ipynb"))]
+    return "\n".join(f"[![Open {name} in Colab]({badge})]({colab_address(repository, name)})" for name in names)
+
+
+def fill_readme(root: Path, records: Records, repository: str = REPOSITORY) -> str:
+    """Return the README with what stands between its markers made anew."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for name, content in (("results", results_markdown(records)), ("colab", colab_markdown(root, repository))):
+        start, end = f"<!-- {name}: written by report/build.py -->\n", f"\n<!-- end of {name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have the lines {start.strip()!r} and {end.strip()!r} once each")
+        before, rest = text.split(start)
+        text = before + start + content + end + rest.split(end)[1]
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build(root: Path) -> list[Path]:
+    """Build figures, report and README tables from the committed records. Returns what it wrote."""
+    records = read_records(root / "report" / "results")
+    build_figures(root, records)
+    pdf = root / "report" / "report.pdf"
+    pdf.write_bytes(compile_report(root, records))
+    readme = root / "README.md"
+    readme.write_text(fill_readme(root, records), encoding="utf-8", newline="\n")
+    return [*(path for name, path in _figures(root / "report").items() if name in PLOTS), pdf, readme]
+
+
+def check(root: Path, repository: str = REPOSITORY) -> list[str]:
+    """Return what does not fit the committed records, a line each. No line, all is up to date.
+
+    Figures that need weights are written by the notebooks and name no record; they are not checked.
+    """
+    report = root / "report"
+    try:
+        records = read_records(report / "results")
+    except RecordError as error:
+        return str(error).splitlines()
+    published, found, problems = read_published(report), _figures(report), []
+    for name, plot in PLOTS.items():
+        wanted = plot.always or _used(plot, records)
+        if bool(wanted) != (name in found):
+            problems.append(f"report/figures/{name}.png: " + ("missing" if wanted else "there is no record for it"))
+        elif wanted:
+            with Image.open(found[name]) as image:
+                if image.info.get("Records") != _figure_digest(plot, records, published):
+                    problems.append(f"report/figures/{name}.png: not built from the committed records")
+    if not (report / "report.pdf").exists():
+        problems.append("report/report.pdf: missing")
+    elif PdfReader(report / "report.pdf").metadata.get("/Keywords") != _report_digest(report, records):
+        problems.append("report/report.pdf: not built from the committed records, figures and text")
+    if fill_readme(root, records, repository) != (root / "README.md").read_text(encoding="utf-8"):
+        problems.append("README.md: its tables or badges do not fit the committed records")
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        stated = re.search(r'^REPOSITORY = "(.*?)"', code, re.MULTILINE)
+        if stated and stated[1] != raw_address(repository):
+            problems.append(f"notebooks/{path.name}: REPOSITORY is {stated[1]!r}, not {raw_address(repository)!r}")
+    return problems
