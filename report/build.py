@@ -1,9 +1,12 @@
-"""Run the notebooks and show what they reached.
+"""Run the notebooks and show what they reached; or, without running any, build the report.
 
 Every notebook runs from top to bottom in a fresh kernel, at the run size that the environment
 variable RUN_SIZE asks for. What happened is kept in build/, as <name>.ipynb and as a page to
-read, <name>.html. The accuracies at the end come from the records that the notebooks wrote
-meanwhile. The exit status is 1 if a notebook failed and 130 after Ctrl-C.
+read, <name>.html; build/index.html leads to all pages. The accuracies at the end come from the
+records that the notebooks wrote meanwhile. The exit status is 1 if a notebook failed and 130
+after Ctrl-C.
+
+--report, --check and --pages run no notebook. The first two need the committed records alone.
 """
 
 import argparse
@@ -23,9 +26,9 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbconvert import HTMLExporter
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
+from pages import build_site
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -155,7 +158,7 @@ def describe(error: CellExecutionError | DeadKernelError, cell: NotebookNode) ->
     return textwrap.indent(strip_ansi("\n".join(lines)), "    ")
 
 
-def build_page(path: Path) -> bool:
+def run_notebook(path: Path) -> bool:
     """Execute the notebook at `path` and save what was executed in `BUILD`. Returns whether it ran through."""
     notebook = nbformat.read(path, as_version=4)
     try:
@@ -163,10 +166,6 @@ def build_page(path: Path) -> bool:
     finally:
         BUILD.mkdir(exist_ok=True)
         nbformat.write(notebook, BUILD / path.name)
-        exporter = HTMLExporter(template_name="lab", embed_images=True)
-        names = {"metadata": {"name": path.stem, "path": str(NOTEBOOKS)}}  # the title, and where images lie
-        page, _ = exporter.from_notebook_node(notebook, names)
-        (BUILD / f"{path.stem}.html").write_text(page, encoding="utf-8")
 
 
 def results_table(since: float) -> str:
@@ -202,11 +201,40 @@ def results_table(since: float) -> str:
     return f"Accuracies recorded during this run:\n\n{pd.DataFrame(rows).to_string(index=False)}\n\n{note}"
 
 
+def build_or_check_report(check: bool) -> int:
+    """Build, or only check, what is made of the committed records. Returns the exit status."""
+    import documents  # here, because it loads torch, which running notebooks does not need
+
+    try:
+        lines = documents.check(ROOT) if check else documents.build(ROOT)
+    except documents.RecordError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if check and not lines:
+        print("Report, figures and README fit the committed records. Figures that need weights are not checked.")
+    print(*lines, sep="\n")
+    if check and lines:
+        print("\nTo build them anew: python report/build.py --report")
+    return 1 if check and lines else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the notebooks that the command line `arguments` name, all by default. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NOTEBOOK", help="how its name begins, such as 01; default: all")
-    names = parser.parse_args(arguments).names
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--report", action="store_true", help="build report.pdf, its figures and the README's tables")
+    mode.add_argument("--check", action="store_true", help="fail with a list if one of them does not fit the records")
+    mode.add_argument("--pages", action="store_true", help="build the pages with the notebooks' stored outputs")
+    options = parser.parse_args(arguments)
+    names = options.names
+    if names and (options.report or options.check or options.pages):
+        parser.error("a NOTEBOOK can be named only to be run")
+    if options.report or options.check:
+        return build_or_check_report(options.check)
+    if options.pages:
+        print(*build_site(ROOT, stored=True), sep="\n")
+        return 0
     paths = sorted(NOTEBOOKS.glob("*.ipynb"))
     for name in names or [""]:
         if not any(path.name.startswith(name) for path in paths):
@@ -216,12 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # a heading may hold what a terminal cannot show
     started = time.time()
     try:
-        failed = [path.stem for path in paths if not build_page(path)]
+        failed = [path.stem for path in paths if not run_notebook(path)]
     except KeyboardInterrupt:
+        build_site(ROOT)
         print(f"\nInterrupted. What was executed is in {BUILD}")
         return 130
-    print(f"\n{results_table(started)}\n\nPages to read:")
-    print(*(f"  {BUILD / path.stem}.html" for path in paths), sep="\n")
+    index = build_site(ROOT)[0]
+    print(f"\n{results_table(started)}\n\nPages to read: {index}")
     if failed:
         print(f"\nFAILED: {', '.join(failed)}")
     return 1 if failed else 0

@@ -19,6 +19,7 @@ import pandas as pd
 import seaborn as sns
 import typst
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from pypdf import PdfReader
 
@@ -160,7 +161,7 @@ def digest(content) -> str:
 class Plot:
     """A figure made of records alone: which ones it uses, how it is drawn, and what it shows, in words.
 
-    needs: one of the records it uses must be there, else there is no such figure; None means it is always drawn
+    Without any record that it uses there is no such figure, unless it is drawn `always`.
     """
 
     uses: str  # a regular expression that fits the whole name of a record
@@ -169,9 +170,14 @@ class Plot:
     always: bool = False
 
 
+def _small(figure: Figure) -> Figure:
+    figure.set_size_inches(6, 3.8)  # readable at half the width of the report
+    return figure
+
+
 def plot_baseline(records: Records, _) -> Figure:
     """Return the baseline's validation curve, as notebook 01 draws it."""
-    return utils.plot_curves({"baseline": records["01_baseline"]}, "val_top1", "Validation accuracy of the baseline")
+    return _small(utils.plot_curves({"baseline": records["01_baseline"]}, "val_top1", "Validation, baseline"))
 
 
 def plot_baseline_confusion(records: Records, _) -> Figure:
@@ -184,7 +190,7 @@ def plot_baseline_confusion(records: Records, _) -> Figure:
 def plot_networks(records: Records, _) -> Figure:
     """Return the validation curves of the networks that were trained with the common recipe."""
     labels = {name.removeprefix("02_"): content for name, content in records.items()}
-    return utils.plot_curves(labels, "val_top1", "Published designs under one recipe")
+    return _small(utils.plot_curves(labels, "val_top1", "Published designs, one recipe"))
 
 
 def plot_entropy(records: Records, _) -> Figure:
@@ -192,7 +198,7 @@ def plot_entropy(records: Records, _) -> Figure:
     seed = records["02_s1"]["seeds"][0]
     entropy = pd.DataFrame(seed["history"]["probe"])
     entropy.index += 1
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = _small(Figure(layout="constrained"))
     axes = figure.subplots()
     if not entropy.empty:
         sns.lineplot(entropy, ax=axes, marker="o", palette="colorblind")
@@ -208,13 +214,14 @@ def plot_ablation(records: Records, _) -> Figure:
         name.removeprefix("02_ablation_").replace("_", ", "): [entry["val_top1"] for entry in content["seeds"]]
         for name, content in records.items()
     }
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    values = dict(sorted(values.items(), key=lambda item: -np.mean(item[1])))
+    figure = _small(Figure(layout="constrained"))
     axes = figure.subplots()
     for row, top1 in enumerate(values.values()):
         percent = 100 * np.array(top1, dtype=float)
         axes.plot(percent, [row] * len(percent), "o", color=utils.COLOURS["val"], alpha=0.7)
         axes.plot([percent.mean()] * 2, [row - 0.3, row + 0.3], color="0.2")
-    axes.set(xlabel="validation accuracy (%)", title="Ablation: each dot is a seed, each line a mean")
+    axes.set(xlabel="validation accuracy (%)", title="Dots: seeds; lines: means")
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     return figure
@@ -226,23 +233,24 @@ def plot_cost(records: Records, published: dict) -> Figure:
     axes = figure.subplots()
     colours = dict(zip(("01", "02", "03"), sns.color_palette("colorblind", 3), strict=True))
     stages = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
-    points = []
     for name, content in records.items():
         top1 = [100 * entry["test_top1"] for entry in content["seeds"]]
         error = np.std(top1, ddof=1) if len(top1) > 1 else None
         pflop, colour = content["train_flops"] / 1e15, colours.get(name[:2], "0.3")
         label = stages.pop(name[:2], None)
         axes.errorbar(pflop, np.mean(top1), error, fmt="o", color=colour, capsize=3, label=label)
-        points.append((pflop, np.mean(top1), name[3:]))
+        axes.annotate(name[3:], (pflop, np.mean(top1)), xytext=(6, -11), textcoords="offset points", fontsize="small")
     speed = published["speed_records"]
     cost, top1 = [entry["pflop"] for entry in speed], [100 * entry["top1"] for entry in speed]
     axes.plot(cost, top1, "k*--", ms=11, linewidth=0.8, label="speed records (airbench)")
-    points += [(x, y, entry["name"]) for x, y, entry in zip(cost, top1, speed, strict=True)]
-    for x, y, label in points:
-        axes.annotate(label, (x, y), xytext=(6, -11), textcoords="offset points", fontsize="small")
+    for entry, place in zip(speed, zip(cost, top1, strict=True), strict=True):
+        axes.annotate(entry["name"], place, xytext=(0, 9), textcoords="offset points", fontsize="small", ha="center")
     axes.set(xscale="log", xlabel="training cost (PFLOP)", ylabel="test accuracy (%)")
     axes.set_title("Test accuracy against training cost; bars: standard deviation over seeds")
-    axes.margins(x=0.15, y=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.12, y=0.12)
     axes.legend(loc="lower right")
     return figure
 
@@ -286,7 +294,7 @@ def build_figures(root: Path, records: Records) -> None:
         used, path = _used(plot, records), folder / f"{name}.png"
         if used or plot.always:
             metadata = {"Description": plot.alt, "Records": _figure_digest(plot, records, published)}
-            plot.draw(used, published).savefig(path, dpi=110, metadata=metadata)
+            plot.draw(used, published).savefig(path, dpi=140, metadata=metadata)
         else:
             path.unlink(missing_ok=True)
 
@@ -371,7 +379,7 @@ def fill_readme(root: Path, records: Records, repository: str = REPOSITORY) -> s
     """Return the README with what stands between its markers made anew."""
     text = (root / "README.md").read_text(encoding="utf-8")
     for name, content in (("results", results_markdown(records)), ("colab", colab_markdown(root, repository))):
-        start, end = f"<!-- {name}: written by report/build.py -->\n", f"\n<!-- end of {name} -->"
+        start, end = f"<!-- {name}: written by report/build.py -->\n\n", f"\n\n<!-- end of {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md must have the lines {start.strip()!r} and {end.strip()!r} once each")
         before, rest = text.split(start)
