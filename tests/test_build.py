@@ -40,9 +40,10 @@ time.sleep(60)
 @pytest.fixture
 def project(tmp_path):
     """A copy of the main job in a folder of its own; returns a function that adds a notebook with the given cells."""
-    (tmp_path / "report").mkdir()
+    root = Path(__file__).parents[1]
+    shutil.copytree(root / "report", tmp_path / "report", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "README.md", tmp_path)
     (tmp_path / "notebooks").mkdir()
-    shutil.copy(Path(__file__).parents[1] / "report" / "build.py", tmp_path / "report")
 
     def add(name, *sources):
         cells = [new_markdown_cell("Text.\n\n## A heading")]
@@ -100,7 +101,9 @@ def test_build(project, build, capsys, monkeypatch, tmp_path_factory):
     after = files(project.root)
     assert {path: after[path] for path in before} == before
     assert {str(path.parent) for path in after.keys() - before.keys()} <= {"build", str(Path("build/results"))}
+    index = (build.BUILD / "index.html").read_text(encoding="utf-8")
     for name in ("01_bad", "02_good", "03_slow"):
+        assert f'<a href="{name}.html">' in index
         page = (build.BUILD / f"{name}.html").read_text(encoding="utf-8")
         assert f"<title>{name}</title>" in page
         assert "of old" not in page
@@ -115,14 +118,18 @@ def test_chosen_notebooks(project, build, capsys):
     project("02_two", "import os; os._exit(1)")
     assert build.main(["01"]) == 0
     printed = capsys.readouterr().out
+    assert "of old" not in (build.BUILD / "01_one.html").read_text(encoding="utf-8")
+    other = (build.BUILD / "02_two.html").read_text(encoding="utf-8")
+    assert "of old" in other and "The outputs are those stored in the notebook." in other
     assert "02_two" not in printed
     assert "No accuracies were recorded during this run." in printed
 
     assert build.main(["02"]) == 1
     assert "Kernel died" in capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match="2"):
-        build.main(["03"])
+    for arguments in (["03"], ["01", "--pages"], ["--check", "--report"]):
+        with pytest.raises(SystemExit, match="2"):
+            build.main(arguments)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")

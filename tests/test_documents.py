@@ -1,0 +1,315 @@
+"""The report, its figures and the README's tables: made of the records alone, the same twice, and checked."""
+
+import copy
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import documents
+import pytest
+from PIL import Image
+from pypdf import PdfReader
+
+from build import main
+from my_utils import percent
+
+ROOT = Path(__file__).parents[1]
+BASELINE = json.loads((ROOT / "report" / "results" / "01_baseline.json").read_text(encoding="utf-8"))
+PUBLISHED = json.loads((ROOT / "report" / "published.json").read_text(encoding="utf-8"))
+
+
+def made_up(name, top1, *, seeds=1, epochs=10, val=True, published=(None, None)):
+    """A sound record with accuracies near `top1`; the numbers mean nothing."""
+    content = copy.deepcopy(BASELINE) | {"name": name, "epochs": epochs, "system": None}
+    content |= {"published_top1": published[0], "published_epochs": published[1]}
+    [first, *_] = content.pop("seeds")
+    content["seeds"] = []
+    for seed in range(seeds):
+        entry = copy.deepcopy(first) | {"seed": seed, "test_top1": top1 + 0.0013 * seed}
+        entry["val_top1"] = round(top1 - 0.0021 * seed, 4) if val else None
+        curve = [top1 * (epoch + 1) / epochs for epoch in range(epochs)]
+        entry["history"] |= {"train_top1": curve, "val_top1": curve if val else [], "test_top1": []}
+        entry["history"] |= {name: [1.0] * epochs for name in ("train_loss", "seconds")}
+        entry["history"] |= {"val_loss": [1.0] * epochs if val else [], "probe": [{"block 1": 0.9}] * epochs}
+        content["seeds"].append(entry)
+    return content
+
+
+def complete():
+    """Made-up records of everything that the series will train."""
+    stated = {system["id"]: (system["top1"], system["epochs"]) for system in PUBLISHED["systems"]}
+    records = [made_up("01_baseline", 0.71, seeds=3), made_up("02_basic", 0.781)]
+    for number in range(5):
+        records.append(made_up(f"02_s{number}", 0.85 + 0.0171 * number, published=stated[f"S{number}"]))
+    records += [made_up("02_s4_published", 0.75, epochs=20), made_up("02_s0_long", 0.93, epochs=30)]
+    arms = ("softmax", "linear", "sigmoid", "annealed", "uniform", "plain_parameters", "plain_flops")
+    records += [made_up(f"02_ablation_{arm}", 0.82 + 0.003 * i, seeds=3, epochs=4) for i, arm in enumerate(arms)]
+    records += [made_up(f"03_{name}", 0.9, epochs=13) for name in ("s0", "s1", "s4")]
+    records += [made_up("03_fast", 0.9412, seeds=3), made_up("03_strong", 0.9555, val=False)]
+    records += [made_up(f"03_ladder_{i:02}", 0.84 + 0.005 * (i % 8), seeds=3) for i in range(12)]
+    return {content["name"]: content for content in records}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what is committed."""
+    for folder in ("report", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def write(project, records):
+    """Replace the project's records."""
+    for path in (project / "report" / "results").glob("*.json"):
+        path.unlink()
+    for name, content in records.items():
+        (project / "report" / "results" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return records
+
+
+def read(pdf):
+    """The text of a PDF, with single blanks, and its number of pages."""
+    pages = PdfReader(io.BytesIO(pdf)).pages
+    text = " ".join(page.extract_text() for page in pages)
+    return re.sub(r"\s+", " ", text.replace("\N{NO-BREAK SPACE}", " ")), len(pages)
+
+
+# --- What is committed ---
+
+
+def test_what_is_committed_fits_the_committed_records(capsys):
+    assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_two_builds_are_the_same_to_the_byte(project):
+    written = documents.build(project)
+    assert documents.check(project) == []
+    first = [path.read_bytes() for path in written]
+    assert {path.name for path in written} >= {"report.pdf", "README.md", "accuracy_cost.png"}
+    assert documents.build(project) == written
+    assert [path.read_bytes() for path in written] == first
+
+
+# --- The check ---
+
+RESULT = "report/results/01_baseline.json"
+
+
+def change_number(project):
+    path = project / RESULT
+    path.write_text(path.read_text().replace(f"{BASELINE['seeds'][0]['test_top1']}", "0.6985", 1))
+
+
+def add_record(project):
+    (project / "report/results/03_new.json").write_text(json.dumps(made_up("03_new", 0.9)))
+
+
+def plain_figure(project):  # as a notebook writes it
+    Image.new("RGB", (20, 10)).save(project / "report/figures/01_baseline_val.png")
+
+
+def edit(path, old, new):
+    def change(project):
+        text = (project / path).read_text(encoding="utf-8")
+        assert old in text
+        (project / path).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return change
+
+
+def move(path, to=None):
+    return lambda project: shutil.copy(project / path, project / to) if to else (project / path).unlink()
+
+
+FIGURES = "report/figures"
+DRAWN = ["01_baseline_val.png", "01_baseline_confusion.png", "accuracy_cost.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (change_number, [*DRAWN, "report.pdf", "README.md"]),
+        (add_record, ["accuracy_cost.png", "report.pdf", "README.md"]),
+        (move(RESULT), [*DRAWN, "report.pdf", "README.md"]),
+        (plain_figure, ["01_baseline_val.png", "report.pdf"]),
+        (move(f"{FIGURES}/01_baseline_val.png"), ["01_baseline_val.png", "report.pdf"]),
+        (
+            move("report/figures/01_baseline_val.png", "report/figures/02_networks.png"),
+            ["02_networks.png", "report.pdf"],
+        ),
+        (move("report/report.pdf"), ["report.pdf"]),
+        (edit("report/report.typ", "= Problem", "= The problem"), ["report.pdf"]),
+        (edit("report/published.json", "0.29", "0.3"), ["accuracy_cost.png", "report.pdf"]),
+        (edit("README.md", "| 281,340 |", "| 281,341 |"), ["README.md"]),
+        (
+            edit("notebooks/01_baseline.ipynb", 'REPOSITORY = \\"\\"', 'REPOSITORY = \\"https://a\\"'),
+            ["01_baseline.ipynb"],
+        ),
+        (edit(RESULT, '"epochs": 10', '"epochs": "ten"'), ["01_baseline.json"]),
+    ],
+    ids=lambda value: "" if callable(value) else "+".join(value),
+)
+def test_the_check_lists_what_does_not_fit(project, change, named):
+    if documents.check(project):
+        pytest.fail("what is committed does not fit, see the test above")
+    change(project)
+    assert [Path(line.split(":")[0]).name for line in documents.check(project)] == named
+
+
+def test_times_and_layout_of_files_do_not_matter(project):
+    path = project / RESULT
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    for path in project.rglob("*"):
+        os.utime(path, (0, 0))
+    assert documents.check(project) == []
+
+
+# --- Records that cannot be used ---
+
+
+def broken(change):
+    content = copy.deepcopy(BASELINE)
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (json.dumps(BASELINE)[:2000], r"not a whole JSON file"),
+        ("", r"not a whole JSON file"),
+        ("[]", r"\[\] is not of type 'object'"),
+        (broken(lambda r: r.pop("parameters")), r"'parameters' is a required property"),
+        (broken(lambda r: r["seeds"][1].pop("test_top1")), r"seeds\[1\]: 'test_top1' is a required property"),
+        (broken(lambda r: r["seeds"][0]["history"].pop("val_top1")), r"seeds\[0\].history: 'val_top1' is a required"),
+        (broken(lambda r: r.update(epochs="10")), r"epochs: '10' is not of type 'integer'"),
+        (broken(lambda r: r.update(seeds=[])), r"seeds: \[\] "),
+        (broken(lambda r: r["seeds"][2].update(test_top1=71.4)), r"seeds\[2\].test_top1: 71.4 is greater than"),
+        (broken(lambda r: r["seeds"][0].update(val_top1=-0.1)), r"seeds\[0\].val_top1: -0.1 "),
+        (broken(lambda r: r["seeds"][0].update(test_top1=float("nan"))), r"NaN is not a number"),
+        (broken(lambda r: r["seeds"][0]["history"]["val_top1"].append(1.5)), r"seeds\[0\].history.val_top1\[10\]: 1.5"),
+        (broken(lambda r: r["seeds"][0]["history"]["val_top1"].pop()), r"seeds\[0\].history.val_top1: 9 values"),
+        (broken(lambda r: r["seeds"][1].update(seed=0)), r"seeds: a seed occurs twice in \[0, 0, 2\]"),
+        (broken(lambda r: r.update(name="other")), r"name: 'other' is not the name of the file"),
+        (broken(lambda r: r.update(data="synthetic")), r"data: 'cifar10' was expected"),
+        (broken(lambda r: r.update(run_size="quick")), r"run_size: 'full' was expected"),
+        (broken(lambda r: r.update(system="S9")), r"system: 'S9' is not one of"),
+    ],
+)
+def test_a_faulty_record_is_named_with_its_key(project, text, says, capsys):
+    (project / RESULT).write_text(text)
+    with pytest.raises(documents.RecordError, match=rf"^01_baseline\.json: .*{says}"):
+        documents.build(project)
+    assert len(documents.check(project)) == 1
+
+
+def test_every_faulty_record_is_named(project):
+    write(project, {"01_a": made_up("01_b", 0.5), "01_c": made_up("01_c", 1.5)})
+    with pytest.raises(documents.RecordError) as error:
+        documents.read_records(project / "report" / "results")
+    assert {line.split(":")[0] for line in str(error.value).splitlines()} == {"01_a.json", "01_c.json"}
+
+
+def test_a_record_must_not_contradict_what_was_published(project):
+    records = write(project, {"02_s0": made_up("02_s0", 0.9, published=(0.93, 65))})
+    with pytest.raises(documents.RecordError, match=r"02_s0\.json: published_top1"):
+        documents.compile_report(project, records)
+
+
+# --- The report ---
+
+
+def test_the_report_without_records(project):
+    records = write(project, {})
+    documents.build_figures(project, records)
+    assert {path.stem for path in (project / "report/figures").glob("*.png")} & documents.PLOTS.keys() == {
+        "accuracy_cost"
+    }
+    text, pages = read(documents.compile_report(project, records))
+    assert 4 <= pages <= 6
+    assert text.count("not run") > 40
+    # Every decimal number is one that others published: none of ours was typed.
+    numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text.split("References")[0]))
+    systems, speed = PUBLISHED["systems"], PUBLISHED["speed_records"]
+    facts = {f"{100 * entry['top1']:.2f}" for entry in systems + speed if entry["top1"]}
+    assert numbers == facts | {f"{entry['pflop']}" for entry in speed}
+
+
+def test_the_complete_report(project):
+    records = write(project, complete())
+    assert documents.read_records(project / "report" / "results").keys() == records.keys()
+    documents.build_figures(project, records)
+    for name in documents.PLOTS:
+        assert documents.describe(project / f"report/figures/{name}.png") == documents.PLOTS[name].alt
+    Image.new("RGB", (20, 10)).save(project / "report/figures/02_gates.png", pnginfo=description("Weights"))
+    text, pages = read(documents.compile_report(project, records))
+    assert 4 <= pages <= 6
+    assert "not run" not in text
+    for name, content in records.items():
+        part = "_ablation_" in name or "_ladder_" in name
+        top1 = percent([entry["val_top1" if part else "test_top1"] for entry in content["seeds"]])
+        assert top1 in text, name
+        assert f"{content['parameters']:,}" in text
+    assert "S0 (common recipe, longer, 30 epochs against 65)" in text  # 93 % beats 92 %
+    assert "S0, common recipe (−7.00 points after 10 of 65 epochs)" in text
+    assert "+0.30 ± 0.00" in text  # the steps of the ladder and the arms differ by the same in every seed
+
+
+def description(text):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Description", text)
+    return info
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_subset_of_the_records_makes_a_report(project, seed):
+    names = sorted(everything := complete())
+    kept = names[seed::6] if seed % 2 else [name for name in names if names.index(name) % 6 != seed]
+    records = write(project, {name: everything[name] for name in kept} | {"05_other": made_up("05_other", 0.5123)})
+    documents.build_figures(project, records)
+    text, pages = read(documents.compile_report(project, records))
+    assert 4 <= pages <= 6
+    assert "not run" in text and "51.23" in text
+
+
+# --- README ---
+
+
+def test_the_results_table_shows_headline_records_with_links(project):
+    records = write(project, complete())
+    rows = documents.results_markdown(records).splitlines()[2:]
+    shown = [re.match(r"\| \[(\w+)\]\(report/results/\1\.json\) \|", row)[1] for row in rows]
+    assert shown == [name for name in records if "_ablation_" not in name and "_ladder_" not in name]
+    assert "| 71.13 ± 0.13 |" in rows[0]
+    assert documents.results_markdown({}) == "No training has been recorded yet."
+
+
+def test_colab_badges_lead_to_the_notebooks(project):
+    text = documents.fill_readme(project, {}, "someone/experts")
+    start = "https://colab.research.google.com/github/someone/experts/blob/main/"
+    found = re.findall(r"\[!\[Open (\w+) in Colab\]\(\S+\)\]\((\S+)\)", text)
+    assert [name for name, _ in found] == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    for name, address in found:
+        assert address.startswith(start)
+        assert (ROOT / address.removeprefix(start)).is_file() and Path(address).stem == name
+    # The set-up cells must name the same repository.
+    problems = [line for line in documents.check(project, "someone/experts") if line.startswith("notebooks/")]
+    assert len(problems) == len(found)
+    assert "https://raw.githubusercontent.com/someone/experts/main" in problems[0]
+
+
+def test_without_an_address_there_is_no_badge(project):
+    text = documents.fill_readme(project, {}, "")
+    assert "colab-badge" not in text and "File > Upload notebook" in text
+
+
+def test_readme_without_markers_is_an_error(project):
+    edit("README.md", "<!-- end of results -->", "")(project)
+    with pytest.raises(ValueError, match="end of results"):
+        documents.fill_readme(project, {})

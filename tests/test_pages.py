@@ -1,0 +1,199 @@
+"""The pages in build/: what they are made of, and how they look to a browser."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from pages import Renderer, build_site
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[1]
+WIDTHS, THEMES = (390, 1280), ("light", "dark")
+
+
+def copy_project(root, target):
+    """Copy what a site is made of, except the notebooks."""
+    shutil.copytree(root / "report", target / "report", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "README.md", target)
+    (target / "notebooks").mkdir()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site of this project, from the outputs that are stored in its notebooks."""
+    root = tmp_path_factory.mktemp("project")
+    copy_project(ROOT, root)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy(path, root / "notebooks")
+    build_site(root, stored=True)
+    return root / "build"
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A project without notebooks; returns a function that adds one and returns the folder of the site."""
+    copy_project(ROOT, tmp_path)
+
+    def add(*cells, name="01_toy"):
+        nbformat.write(new_notebook(cells=list(cells)), tmp_path / "notebooks" / f"{name}.ipynb")
+        build_site(tmp_path)
+        return tmp_path / "build"
+
+    add.root = tmp_path
+    return add
+
+
+# --- Without a browser ---
+
+
+@pytest.mark.parametrize(
+    ("url", "leads_to"),
+    [
+        ("02_next.ipynb#A-heading", "02_next.html#A-heading"),
+        ("./02_next.ipynb", "./02_next.html"),
+        ("../README.md#results", "index.html#results"),
+        ("#here", "#here"),
+        ("https://example.org/a.ipynb", "https://example.org/a.ipynb"),
+    ],
+)
+def test_links_between_notebooks_become_links_between_pages(url, leads_to):
+    assert f'href="{leads_to}"' in Renderer(escape=False).link("text", url)
+
+
+def test_formulas_need_no_script(site):
+    for page in site.glob("0*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "<math" in text and "$$" not in text
+        assert "https://cdn" not in text and "<script src" not in text
+
+
+def test_an_executed_notebook_is_shown_as_executed(toy):
+    cell = new_code_cell("1", execution_count=1, outputs=[new_output("stream", text="of old")])
+    page = toy(new_markdown_cell("# 1. A title: more\n\nThe lead."), cell) / "01_toy.html"
+    assert "of old" in page.read_text(encoding="utf-8")
+    cell.outputs[0].text = "of new"
+    nbformat.write(new_notebook(cells=[cell]), toy.root / "build" / "01_toy.ipynb")
+    build_site(toy.root)
+    assert "of new" in page.read_text(encoding="utf-8") and "of old" not in page.read_text(encoding="utf-8")
+    build_site(toy.root, stored=True)
+    text = page.read_text(encoding="utf-8")
+    assert "of old" in text and "<title>1. A title: more</title>" in text
+    index = (toy.root / "build" / "index.html").read_text(encoding="utf-8")
+    assert '<a href="01_toy.html">1. A title: more</a>' in index and "The lead." in index
+
+
+# --- In a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; where there is none, the tests that need it are skipped, with a warning."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        warnings.warn("No Chromium is installed: the pages were NOT looked at in a browser", stacklevel=1)
+        pytest.skip("no Chromium; on Debian: apt-get install chromium")
+    sandbox = [] if getattr(os, "geteuid", lambda: 1)() else ["--no-sandbox"]  # which root cannot use
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=sandbox)
+        yield chromium
+        chromium.close()
+
+
+def faults(browser, site):
+    """What is wrong with the pages of a site, in words: each page in each theme, on a phone and on a desk."""
+    problems, links = [], set()
+    for theme in THEMES:
+        for width in WIDTHS:
+            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
+            page = context.new_page()
+            page.on("console", lambda message: problems.append(f"console: {message.text}"))
+            page.on("pageerror", lambda error: problems.append(f"script: {error}"))
+            page.on("requestfailed", lambda request: problems.append(f"not loaded: {request.url}"))
+            for path in sorted(site.glob("*.html")):
+                page.goto(path.as_uri())
+                scroll = page.evaluate("document.documentElement.scrollWidth")
+                if scroll > width:
+                    problems.append(f"{path.name}: {scroll} px wide at {width} px")
+                for alt, size in page.evaluate("[...document.images].map(i => [i.alt.trim(), i.naturalWidth])"):
+                    if not alt or "No description" in alt:
+                        problems.append(f"{path.name}: a figure without alternative text")
+                    if not size:
+                        problems.append(f"{path.name}: a figure is not shown: {alt}")
+                links.update((path.name, link) for link in page.evaluate("[...document.links].map(a => a.href)"))
+            context.close()
+    page = browser.new_page()
+    for name, link in sorted(links):
+        url = urlsplit(link)
+        if url.scheme != "file":
+            continue
+        target = Path(unquote(url.path))
+        if not target.is_file() or target.parent != site.resolve():
+            problems.append(f"{name}: no such page: {target.name}")
+        elif url.fragment:
+            page.goto(target.as_uri())
+            names = [url.fragment, unquote(url.fragment)]  # as it stands, else decoded: so do browsers
+            if not page.evaluate("names => names.some(name => document.getElementById(name))", names):
+                problems.append(f"{name}: no such heading: {url.fragment}")
+    page.close()
+    return problems
+
+
+def test_the_site_is_sound(browser, site):
+    assert faults(browser, site) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("<script>undefined_name</script>", "script: "),
+        ("<script>console.error('oh')</script>", "console: oh"),
+        ("<div style='width: 600px'>wide</div>", "01_toy.html: 6"),
+        ("<img src='missing.png' alt='a picture'>", "01_toy.html: a figure is not shown: a picture"),
+        ("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>", "01_toy.html: a figure without alternative text"),
+        ("[gone](02_gone.ipynb)", "01_toy.html: no such page: 02_gone.html"),
+        ("[gone](#No-heading)", "01_toy.html: no such heading: No-heading"),
+    ],
+)
+def test_a_faulty_page_is_found_out(browser, toy, cell, says):
+    problems = faults(browser, toy(new_markdown_cell(f"# 1. Toy\n\n{cell}")))
+    assert any(problem.startswith(says) for problem in problems), problems
+
+
+def test_the_navigation_leads_through_all_pages(browser, site):
+    page = browser.new_page()
+    page.goto((site / "index.html").as_uri())
+    seen = []
+    while page.locator("a[rel=next]").count():
+        page.locator("a[rel=next]").click()
+        seen.append(Path(urlsplit(page.url).path).name)
+    assert seen == sorted(path.name for path in site.glob("0*.html"))
+    page.locator("header .home").click()
+    assert page.url.endswith("/index.html")
+    for name in seen:
+        assert page.locator(f"header nav a[href='{name}']").count() == 1
+    page.close()
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_both_themes(browser, site, theme):
+    context = browser.new_context(color_scheme=theme)
+    page = context.new_page()
+
+    def brightness(kind):
+        style = f"getComputedStyle(document.body).{kind}.match(/\\d+/g).slice(0, 3).map(Number)"
+        return sum(page.evaluate(style)) / 3
+
+    page.goto((site / "01_baseline.html").as_uri())
+    dark = theme == "dark"
+    for expected in (dark, not dark):  # as the system has it, then as the button says, which the next page remembers
+        assert (brightness("backgroundColor") < 60) is expected
+        assert (brightness("color") > 180) is expected
+        page.locator("header button").click()
+        page.goto((site / "index.html").as_uri())
+    context.close()
