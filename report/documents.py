@@ -343,6 +343,8 @@ def compile_report(root: Path, records: Records) -> bytes:
 def describe(path: Path) -> str:
     """Return what a figure shows, in words, from its metadata."""
     with Image.open(path) as image:
+        if not image.info.get("Description"):
+            raise ValueError(f"{path.name} has no alternative text in its metadata (Description)")
         return image.info["Description"]
 
 

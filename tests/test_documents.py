@@ -11,6 +11,7 @@ from pathlib import Path
 import documents
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pypdf import PdfReader
 
 from build import main
@@ -163,7 +164,7 @@ def test_the_check_lists_what_does_not_fit(project, change, named):
 def test_times_and_layout_of_files_do_not_matter(project):
     path = project / RESULT
     path.write_text(json.dumps(json.loads(path.read_text())))
-    for path in project.rglob("*"):
+    for path in filter(Path.is_file, project.rglob("*")):
         os.utime(path, (0, 0))
     assert documents.check(project) == []
 
@@ -260,11 +261,15 @@ def test_the_complete_report(project):
 
 
 def description(text):
-    from PIL.PngImagePlugin import PngInfo
-
     info = PngInfo()
     info.add_text("Description", text)
     return info
+
+
+def test_a_figure_without_alternative_text_is_named(project):
+    plain_figure(project)
+    with pytest.raises(ValueError, match=r"01_baseline_val\.png has no alternative text"):
+        documents.compile_report(project, {"01_baseline": BASELINE})
 
 
 @pytest.mark.parametrize("seed", range(6))
