@@ -150,7 +150,8 @@ def index_body(root: Path, pages: list[Page]) -> str:
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
     table = re.search(r"<!-- results: .*?-->\n\n(.*?)\n\n<!-- end of results -->", readme, re.DOTALL)
-    parts.append(to_html(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", table[1])))
+    results = to_html(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", table[1]))  # its links lead to records, which are not pages
+    parts.append(f'<div class="results">{results}</div>')
     if (root / "report" / "report.pdf").exists():
         parts.append('<p>How these came about, and what did not work: <a href="report.pdf">the report (PDF)</a>.</p>')
     return "\n".join(parts)

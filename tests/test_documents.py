@@ -232,7 +232,7 @@ def test_the_report_without_records(project):
     }
     text, pages = read(documents.compile_report(project, records))
     assert 4 <= pages <= 6
-    assert text.count("not run") > 40
+    assert text.count("not run") > 30
     # Every decimal number is one that others published: none of ours was typed.
     numbers = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text.split("References")[0]))
     systems, speed = PUBLISHED["systems"], PUBLISHED["speed_records"]
