@@ -17,6 +17,7 @@ import errno
 import fnmatch
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -53,6 +54,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 RUN_SIZES = ("smoke", "quick", "full")
+MODELS = "models_of_"
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +186,36 @@ def _write(path: Path, content: bytes) -> None:
 
 def _write_json(path: Path, content) -> None:
     _write(path, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def models_of(notebook: str, repository: str = "") -> types.ModuleType:
+    """Return what another notebook of the series builds, its cells tagged `model`, as a module.
+
+    The notebook is looked for in notebooks/ and beside this file. If it is in neither, it is fetched from the address
+    `repository`, which holds this file; without an address it has to be put there.
+
+    Raises:
+        FileNotFoundError: the notebook is nowhere.
+        OSError: it cannot be fetched.
+    """
+    name = f"{notebook}.ipynb"
+    path = next((path for path in (ROOT / "notebooks" / name, ROOT / name) if path.exists()), None)
+    if path is None and not repository:
+        raise FileNotFoundError(f"{name} is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one of them")
+    if path is None:
+        answer = requests.get(f"{repository}/notebooks/{name}", timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT))
+        answer.raise_for_status()
+        path = ROOT / name
+        _write(path, answer.content)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["import my_utils as utils", f"REPOSITORY = {repository!r}"]  # which the set-up cell defines
+    sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
+    module_path = ROOT / "build" / f"{MODELS}{notebook}.py"  # a file, so that the fingerprint finds the source
+    _write(module_path, "\n\n\n".join(sources).encode())
+    spec = importlib.util.spec_from_file_location(module_path.stem, module_path)
+    module = sys.modules[module_path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1274,7 +1306,7 @@ def _collect_sources(thing, sources: dict[str, str]) -> None:
                 continue  # written by dataclass
             if _is_plain(value) and str(name)[:2] != "__":
                 sources[f"{key} has {name}"] = repr(value)
-            elif getattr(value, "__module__", None) == home:
+            elif _belongs(value, home):
                 _collect_sources(value, sources)
     elif isinstance(thing, types.FunctionType):
         text = _plain_source(thing)
@@ -1291,8 +1323,14 @@ def _collect_sources(thing, sources: dict[str, str]) -> None:
         for name, value in sorted({**used, **dict(zip(thing.__code__.co_freevars, cells, strict=True))}.items()):
             if _is_plain(value) or isinstance(value, functools.partial):
                 sources[f"{key} uses {name}"] = _describe(value, sources)
-            elif getattr(value, "__module__", None) == home:
+            elif _belongs(value, home):
                 _collect_sources(value, sources)
+
+
+def _belongs(value, home: str) -> bool:
+    """Whether a class or function is from the module `home`, or from another notebook (see `models_of`)."""
+    module = getattr(value, "__module__", None) or ""
+    return module == home or module.startswith(MODELS)
 
 
 def _globals_of(code: types.CodeType) -> set[str]:

@@ -25,7 +25,6 @@ from statistics import median
 
 import torch
 import torchvision
-from notebook_models import import_models
 from torch import nn
 from torchvision import transforms as T
 
@@ -140,7 +139,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     splits = utils.load_cifar10().head(train=640 if arguments.quick else None)
     with tempfile.TemporaryDirectory() as os.environ["RUNS_DIR"]:  # the measured trainings leave no trace
-        network = import_models("01_baseline", utils.runs_dir()).BasicNet
+        network = utils.models_of("01_baseline").BasicNet
         if arguments.memory:
             fit(network, splits)
             peak = importlib.import_module("resource").getrusage(0).ru_maxrss  # in bytes on macOS, in KiB on Linux

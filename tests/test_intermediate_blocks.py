@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from notebook_models import import_models
 from torch.nn import functional as F
+
+import my_utils as utils
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return import_models("02_intermediate_blocks", tmp_path_factory.mktemp("models"))
+def models():
+    return utils.models_of("02_intermediate_blocks")
 
 
 @pytest.fixture(autouse=True)

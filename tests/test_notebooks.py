@@ -21,9 +21,11 @@ import pytest
 import torch
 from check_links import texts
 from nbconvert import ScriptExporter
-from notebook_models import NOTEBOOKS, import_models
 
-ROOT = NOTEBOOKS.parent
+import my_utils as utils
+
+ROOT = utils.ROOT
+NOTEBOOKS = ROOT / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 BASELINE = NOTEBOOKS / "01_baseline.ipynb"
 
@@ -161,8 +163,8 @@ def test_ending(path):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return import_models("01_baseline", tmp_path_factory.mktemp("models"))
+def models():
+    return utils.models_of("01_baseline")
 
 
 def count(module) -> int:
