@@ -5,13 +5,15 @@ Read it from top to bottom, it follows the data:
     load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
 
 The models are not here. They are the lesson, so the notebooks build them.
-Everything is plain PyTorch; nothing in this file needs a GPU.
+Everything is plain PyTorch; nothing in this file needs a GPU. Started by torchrun, a script trains on many of them.
 """
 
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
+import datetime
 import dis
 import errno
 import fnmatch
@@ -31,6 +33,7 @@ import tempfile
 import textwrap
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -47,7 +50,7 @@ import torch
 import torchmetrics.functional.classification as metrics
 import torchvision
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -87,9 +90,10 @@ def seeds() -> range:
 
 def pick_device() -> torch.device:
     """Return the device to train on: CUDA, else Apple's MPS, else the CPU."""
+    _, count = processes()
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda")  # under torchrun the one that `processes` chose
+    return torch.device("mps" if torch.backends.mps.is_available() and count == 1 else "cpu")
 
 
 def pick_precision(precision: str = "auto", device: torch.device | None = None) -> torch.dtype:
@@ -219,6 +223,72 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts one per device, on one machine or more, and each runs the whole script
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATIENCE = datetime.timedelta(minutes=30)  # how long a process waits for another, which may be downloading the data
+
+
+@functools.cache
+def processes() -> tuple[int, int]:
+    """Return (rank, count): which process of how many this is, (0, 1) unless torchrun started several.
+
+    The first call joins the others, by NCCL on CUDA, where each process gets a GPU of its own, and by gloo on CPUs.
+    From then on only process 0 prints; errors show from all.
+
+    Raises:
+        RuntimeError: torchrun started more processes than this machine has GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return 0, 1
+    backend = "gloo"
+    if torch.cuda.is_available():
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            raise RuntimeError(f"torchrun started more processes than there are GPUs; use --nproc-per-node={gpus}")
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(distributed.destroy_process_group)
+    rank = distributed.get_rank()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+    return rank, distributed.get_world_size()
+
+
+def _once(act: Callable):
+    """Let process 0 act while the others wait, and return its result, or raise its error, in all of them."""
+    rank, count = processes()
+    if count == 1:
+        return act()
+    outcome = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _of_all(value) -> list:
+    """Return every process's value, in the order of their ranks."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def _sum(value: Tensor) -> Tensor:
+    """Return the sum over the processes; the tensor itself is overwritten with it."""
+    if processes()[1] > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -342,6 +412,7 @@ def load_cifar10(
         DataError: the files, or what a source sent, are not CIFAR-10; the disk is full or the folder read-only;
             or nothing could be reached and `synthetic` is False.
     """
+    processes()  # from here on, of several only one prints; whichever comes first downloads, under a lock
     if synthetic is None and run_size() == "smoke":
         synthetic = True
     if synthetic:
@@ -627,13 +698,20 @@ def _generator(*key) -> torch.Generator:
 
 
 def batches(
-    split: Split, batch_size: int, *, augmentation: Augmentation | None = None, seed: int | None = None, epoch: int = 0
+    split: Split,
+    batch_size: int,
+    *,
+    augmentation: Augmentation | None = None,
+    seed: int | None = None,
+    epoch: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
     Without a seed: in order, unchanged, the short last batch included. This is the view for validation and test.
     With one: shuffled and augmented by random numbers that depend on seed and epoch alone; a last batch that would be
     short is dropped (other images every epoch), unless it is the only one.
+    part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """
     _check_number("batch_size", batch_size, 1, kind=int)
     if augmentation is not None and seed is None:
@@ -649,7 +727,7 @@ def batches(
         draws = {name: value.to(device) for name, value in augmentation.draw(count, seed, epoch).items()}
     order = order.to(device)
     for start in range(0, end, batch_size):
-        index = order[start : start + batch_size]
+        index = order[start : start + batch_size].tensor_split(part[1])[part[0]]
         images = split.images[index].float().div_(255)
         if augmentation is not None:
             images = augmentation(images, {name: value[index] for name, value in draws.items()}, mean)
@@ -843,6 +921,10 @@ def fit(
 ) -> Run:
     """Train a model, or return the run at once if the store holds it finished, or go on where it stopped.
 
+    Under torchrun (see `processes`) each process trains on its part of every batch of recipe.batch_size images, and the
+    gradients are averaged to those of the whole batch. BatchNorm uses each process's own images; process 0's running
+    statistics are kept. Only process 0 reads and writes the store, so another number of processes can go on.
+
     Args:
         build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
             [N, 10]; it is called under the seed, so the first weights belong to the seed too
@@ -871,7 +953,8 @@ def fit(
         trainer = _Trainer(build_model, splits, recipe, run, seed, watch, probe, device)
         result = trainer.stored(need_model)
         if result is None:
-            with trainer.lock():
+            with contextlib.ExitStack() as held:
+                _once(lambda: held.enter_context(trainer.lock()))
                 result = trainer.stored(need_model) or trainer.train(plot)
         elif plot:
             show(plot_history(result.history, recipe.epochs, f"{run}, seed {seed}{_flag(splits)}"), alt=_CURVES_ALT)
@@ -887,11 +970,14 @@ class _Trainer:
     def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, probe, device):
         self.splits, self.recipe, self.seed, self.watch = splits, recipe, seed, watch
         self.name, self.device, self.probe = run, device, probe
+        self.rank, self.count = processes()
         self.model = build_model()
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"build_model returned a {type(self.model).__name__}; it must return an nn.Module")
         self.identity = _identity(build_model, self.model, recipe, splits, watch, probe)
         self.folder = runs_dir() / run_size() / run / f"seed{seed}-{_fingerprint(self.identity, seed)}"
+        if len(set(_of_all((run, self.folder.name)))) > 1:
+            raise RuntimeError(f"the processes disagree about run {run}: their model, recipe, data or seed differ")
         self.history = History()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seen = recipe.epochs * min(
@@ -921,19 +1007,26 @@ class _Trainer:
 
     def stored(self, need_model: bool) -> Run | None:
         """Return the finished run from the store, or else from a committed record where that is enough."""
+        found = _once(lambda: self.find(need_model))
+        if found is None:
+            return None
+        where, stored, weights = found
+        print(f"{self.name}, seed {self.seed}: trained before, {where}")
+        if weights is None:
+            return self.result(None, stored, stored)
+        self.model.load_state_dict(safetensors.torch.load(weights))
+        return self.result(self.model.to(self.device).eval(), stored)
+
+    def find(self, need_model: bool) -> tuple[str, dict, bytes | None] | None:
+        """Return where the finished run was found, its record and, from the store, its weights."""
         finished, weights = self.folder / "run.json", self.folder / "weights.safetensors"
         if finished.exists() and weights.exists():
-            stored = json.loads(finished.read_text())
-            self.model.load_state_dict(safetensors.torch.load_file(weights))
-            print(f"{self.name}, seed {self.seed}: trained before, loaded from the run store")
-            return self.result(self.model.to(self.device).eval(), stored)
+            return "loaded from the run store", json.loads(finished.read_text()), weights.read_bytes()
         if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
             for path in sorted((ROOT / "report" / "results").glob("*.json")):
-                record = json.loads(path.read_text())
-                for entry in record["seeds"]:
+                for entry in json.loads(path.read_text())["seeds"]:
                     if entry["fingerprint"] == _fingerprint(self.identity, self.seed):
-                        print(f"{self.name}, seed {self.seed}: trained before, taken from the record {path.name}")
-                        return self.result(None, entry, entry)
+                        return f"taken from the record {path.name}", entry, None
         return None
 
     def train(self, plot: bool) -> Run:
@@ -944,6 +1037,9 @@ class _Trainer:
         self.model.to(device, memory_format=self.layout)
         self.train_split = self.splits.train.to(device)
         self.steps = steps_per_epoch(len(self.train_split), recipe.batch_size)
+        self.batch = min(recipe.batch_size, len(self.train_split))
+        if self.batch < self.count:
+            raise ValueError(f"a batch has {self.batch} images; {self.count} processes need at least one each")
         self.optimizers = build_optimizers(self.model, recipe)
         self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -952,6 +1048,11 @@ class _Trainer:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.weight_averaging)
             self.averaged = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.resume()
+        self.parallel = self.model
+        if self.count > 1:
+            # A gate may leave out parameters, so these are looked for; torch advises against it where there are none.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
         with _Progress(f"{self.name}, seed {self.seed}", recipe.epochs * self.steps, recipe.batch_size) as progress:
             progress.start(len(self.history.step_loss))
             live = _LivePlot(f"{self.name}, seed {self.seed}{_flag(self.splits)}", recipe.epochs) if plot else None
@@ -959,24 +1060,28 @@ class _Trainer:
                 for epoch in range(len(self.history.seconds), recipe.epochs):
                     self.train_epoch(epoch, progress, live)
                     self.evaluate_epoch(progress)
-                    self.checkpoint()
+                    _once(self.checkpoint)
                     if live:
                         live.draw(self.history)
             except KeyboardInterrupt:
-                self.write_run("interrupted.json")
+                if self.rank == 0:
+                    self.write_run("interrupted.json")
                 print(f"\n{self.name}: interrupted; fit again to go on after epoch {len(self.history.seconds)}")
                 raise
         model = self.averaged.module if self.averaged else self.model
+        return self.result(model.eval(), _once(lambda: self.finish(model)))
+
+    def finish(self, model: nn.Module) -> dict:
         _write(self.folder / "weights.safetensors", safetensors.torch.save(_contiguous(model.state_dict())))
-        stored = self.write_run("run.json")
-        return self.result(model.eval(), stored)
+        return self.write_run("run.json")
 
     def write_run(self, name: str) -> dict:
+        many = f"{self.count} x " if self.count > 1 else ""
         stored = {
             "name": self.name,
             "seed": self.seed,
             "recipe": asdict(self.recipe),
-            "device": f"{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
+            "device": f"{many}{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
             "versions": versions(),
             "history": asdict(self.history),
         }
@@ -989,14 +1094,18 @@ class _Trainer:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         done = seen = 0
         self.model.train()
+        if self.rank > 0:  # process 0 goes on with the random numbers of the checkpoint
+            torch.manual_seed(_generator(self.seed, epoch, "process", self.rank).initial_seed())
+        settings = {"augmentation": recipe.augmentation, "seed": self.seed, "epoch": epoch}
+        part = (self.rank, self.count)
         start = time.perf_counter()
-        for step, (images, labels) in enumerate(
-            batches(self.train_split, recipe.batch_size, augmentation=recipe.augmentation, seed=self.seed, epoch=epoch)
-        ):
+        for step, (images, labels) in enumerate(batches(self.train_split, recipe.batch_size, part=part, **settings)):
             images = images.contiguous(memory_format=self.layout)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.model(images)
+                logits = self.parallel(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            # Gradients are averaged over the processes; weighted so, the average is the gradient of the whole batch.
+            loss = loss * (len(labels) * self.count / self.batch)
             self.scaler.scale(loss).backward()
             history.step_learning_rate.append(self.optimizers[0].param_groups[0]["lr"])
             for optimizer in self.optimizers:
@@ -1007,7 +1116,7 @@ class _Trainer:
                 scheduler.step()
             if self.averaged:
                 self.averaged.update_parameters(self.model)
-            losses[step] = loss.detach()
+            losses[step] = _sum(loss.detach()) / self.count
             correct += (logits.detach().argmax(1) == labels).sum()
             seen += len(labels)
             # Reading a loss makes a GPU wait, so losses are read a few times per second and not at every step.
@@ -1020,13 +1129,25 @@ class _Trainer:
                     live.draw(history)
         history.seconds.append(time.perf_counter() - start)
         history.train_loss.append(losses.double().mean().item())
-        history.train_top1.append(correct.item() / seen)
+        history.train_top1.append(_sum(correct).item() / (self.steps * self.batch))
+        if self.count > 1:  # each process moved its buffers by its own images
+            buffers = [buffer for model in (self.model, self.averaged) if model for buffer in model.buffers()]
+            for own, first in zip(buffers, _once(lambda: [buffer.cpu() for buffer in buffers]), strict=True):
+                own.copy_(first)
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Return the Evaluation of the weights that are kept; of several processes each predicts a part."""
+        model, precision = self.averaged or self.model, self.recipe.precision
+        if len(split) < self.count:
+            return evaluate(model, split, precision=precision)
+        start, end = (len(split) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return score(torch.cat(_of_all(predict(model, split[start:end], precision=precision))), split.labels)
 
     def evaluate_epoch(self, progress: _Progress) -> None:
-        model, history = self.averaged or self.model, self.history
+        history = self.history
         if self.splits.val is not None:
             try:
-                result = evaluate(model, self.splits.val, precision=self.recipe.precision)
+                result = self.evaluate(self.splits.val)
             except ValueError as error:
                 if "finite" not in str(error):
                     raise
@@ -1038,11 +1159,11 @@ class _Trainer:
             history.val_loss.append(result.nll)
             history.val_top1.append(result.top1)
         if self.watch:
-            history.test_top1.append(evaluate(model, self.splits.test, precision=self.recipe.precision).top1)
+            history.test_top1.append(self.evaluate(self.splits.test).top1)
         if self.probe:
             shown = self.averaged.module if self.averaged else self.model
             with torch.no_grad(), _evaluating(shown):
-                history.probe.append({name: float(value) for name, value in self.probe(shown).items()})
+                history.probe.append(_once(lambda: {name: float(value) for name, value in self.probe(shown).items()}))
             if not all(map(math.isfinite, history.probe[-1].values())):
                 raise ValueError(f"probe returned {history.probe[-1]}; its numbers must be finite")
         progress.epoch_done(history)
@@ -1075,10 +1196,11 @@ class _Trainer:
 
     def resume(self) -> None:
         path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        content = _once(lambda: path.read_bytes() if path.exists() else None)
+        if content is None:
             return
         try:
-            self.load(torch.load(path, map_location=self.device, weights_only=True))
+            self.load(torch.load(io.BytesIO(content), map_location=self.device, weights_only=True))
         except PermissionError:
             raise
         except Exception as error:  # torch raises nearly anything on a file that is not its own
@@ -1161,6 +1283,7 @@ class _Progress:
             unit_scale=True,
             file=_CellText() if _in_notebook() else sys.stderr,
             dynamic_ncols=not _in_notebook(),
+            disable=processes()[0] > 0,
             bar_format="{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left",
         )
 
@@ -1480,8 +1603,6 @@ def record(
     if not runs or len({run.identity for run in runs}) != 1:
         raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, at least one")
     first = runs[0]
-    path = _report_dir(splits) / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "name": name,
         "notebook": notebook,
@@ -1498,11 +1619,17 @@ def record(
         "published_epochs": published_epochs,
     }
     new = {run.seed: run.recorded or _seed_entry(run, splits, tta) for run in runs}
+    path = _report_dir(splits) / "results" / f"{name}.json"
+    return _once(lambda: _add_seeds(path, content, new, first.identity))
+
+
+def _add_seeds(path: Path, content: dict, new: dict[int, dict], identity: str) -> dict:
+    """Write a record of the new seeds and of those that are in the file already, if they are the same variant's."""
     (ROOT / "build").mkdir(exist_ok=True)
     with filelock.FileLock(ROOT / "build" / ".records.lock"):
         if path.exists():
             for entry in json.loads(path.read_text())["seeds"]:
-                if entry["fingerprint"] == _fingerprint(first.identity, entry["seed"]):
+                if entry["fingerprint"] == _fingerprint(identity, entry["seed"]):
                     new.setdefault(entry["seed"], entry)
         content["seeds"] = [new[seed] for seed in sorted(new)]
         _write_json(path, content)
@@ -1598,7 +1725,7 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, spli
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
-    if save:
+    if save and processes()[0] == 0:
         path = _report_dir(splits) / "figures" / f"{save}.png"
         _write(path, buffer.getvalue())
     if not _in_notebook():
