@@ -26,6 +26,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import socket
 import sys
 import tarfile
@@ -34,9 +36,10 @@ import textwrap
 import time
 import types
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import filelock
 import numpy as np
@@ -162,12 +165,18 @@ def _check_dict(name: str, value) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there at the end: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there at the end: readers see the old file or the new one.
+
+    Only one process may do so at a time; what a killed one has left behind is then overwritten, or removed. `previous`
+    gets the old file.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "make the folder writable"
@@ -181,8 +190,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+def _write(path: Path, content: bytes, previous: Path | None = None) -> None:
+    with _replacing(path, previous) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -210,12 +219,14 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
         answer = requests.get(f"{repository}/notebooks/{name}", timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT))
         answer.raise_for_status()
         path = ROOT / name
-        _write(path, answer.content)
+        with _files_lock():
+            _write(path, answer.content)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["import my_utils as utils", f"REPOSITORY = {repository!r}"]  # which the set-up cell defines
     sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
     module_path = ROOT / "build" / f"{MODELS}{notebook}.py"  # a file, so that the fingerprint finds the source
-    _write(module_path, "\n\n\n".join(sources).encode())
+    with _files_lock():
+        _write(module_path, "\n\n\n".join(sources).encode())
     spec = importlib.util.spec_from_file_location(module_path.stem, module_path)
     module = sys.modules[module_path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -496,6 +507,9 @@ def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
         with filelock.FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root, prefix=".part-") as part:
             if (root / torchvision.datasets.CIFAR10.base_folder).exists():
                 return  # another process was faster
+            for left in root.glob(".part-*"):
+                if left.name != Path(part).name:  # by a killed process, for the lock is ours
+                    shutil.rmtree(left)
             for source in sources:
                 host = source.split("/")[2]
                 print(f"CIFAR-10: trying {host} ({ARCHIVE_BYTES / 1e6:.0f} MB)", flush=True)
@@ -1019,9 +1033,13 @@ class _Trainer:
 
     def find(self, need_model: bool) -> tuple[str, dict, bytes | None] | None:
         """Return where the finished run was found, its record and, from the store, its weights."""
-        finished, weights = self.folder / "run.json", self.folder / "weights.safetensors"
-        if finished.exists() and weights.exists():
-            return "loaded from the run store", json.loads(finished.read_text()), weights.read_bytes()
+        finished, path = self.folder / "run.json", self.folder / "weights.safetensors"
+        if finished.exists() and path.exists():
+            with contextlib.suppress(ValueError, KeyError):
+                stored, weights = json.loads(finished.read_text()), path.read_bytes()
+                if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) == found:
+                    return "loaded from the run store", stored, weights
+            warnings.warn(f"{self.folder} holds a damaged run; its checkpoint, if any, is used", stacklevel=5)
         if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
             for path in sorted((ROOT / "report" / "results").glob("*.json")):
                 for entry in json.loads(path.read_text())["seeds"]:
@@ -1072,10 +1090,11 @@ class _Trainer:
         return self.result(model.eval(), _once(lambda: self.finish(model)))
 
     def finish(self, model: nn.Module) -> dict:
-        _write(self.folder / "weights.safetensors", safetensors.torch.save(_contiguous(model.state_dict())))
-        return self.write_run("run.json")
+        weights = safetensors.torch.save(_contiguous(model.state_dict()))
+        _write(self.folder / "weights.safetensors", weights)
+        return self.write_run("run.json", weights_sha256=hashlib.sha256(weights).hexdigest())
 
-    def write_run(self, name: str) -> dict:
+    def write_run(self, name: str, **more) -> dict:
         many = f"{self.count} x " if self.count > 1 else ""
         stored = {
             "name": self.name,
@@ -1084,6 +1103,7 @@ class _Trainer:
             "device": f"{many}{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
             "versions": versions(),
             "history": asdict(self.history),
+            **more,
         }
         _write_json(self.folder / name, stored)
         return stored
@@ -1192,25 +1212,30 @@ class _Trainer:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        _write(self.folder / "checkpoint.pt", buffer.getvalue())
+        _write(self.folder / "checkpoint.pt", buffer.getvalue(), previous=self.folder / "checkpoint.previous.pt")
 
     def resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        content = _once(lambda: path.read_bytes() if path.exists() else None)
-        if content is None:
+        """Go on after the checkpoint, or after the one before where the last is damaged."""
+        damage = None
+        for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"):
+            content = _once(lambda path=path: path.read_bytes() if path.exists() else None)
+            if content is None:
+                continue
+            try:
+                self.load(_open_checkpoint(content, self.device))
+            except Exception as error:  # torch raises nearly anything on a file that is not its own
+                damage = damage or (path, error)
+                continue
+            if damage:
+                print(f"{self.name}, seed {self.seed}: {damage[0]} is damaged, so the one before is used")
+            done = len(self.history.seconds)
+            print(f"{self.name}, seed {self.seed}: going on after epoch {done} of {self.recipe.epochs}")
             return
-        try:
-            self.load(torch.load(io.BytesIO(content), map_location=self.device, weights_only=True))
-        except PermissionError:
-            raise
-        except Exception as error:  # torch raises nearly anything on a file that is not its own
+        if damage:
             raise RuntimeError(
-                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(error).__name__}). "
-                f"Delete {path} to train this run again from the start."
-            ) from error
-        print(
-            f"{self.name}, seed {self.seed}: going on after epoch {len(self.history.seconds)} of {self.recipe.epochs}"
-        )
+                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(damage[1]).__name__}). "
+                f"Delete {damage[0]} to train this run again from the start."
+            ) from damage[1]
 
     def load(self, state) -> None:
         self.model.load_state_dict(state["model"])
@@ -1226,6 +1251,20 @@ class _Trainer:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.history = History(**state["history"])
+
+
+def _open_checkpoint(content: bytes, device: torch.device):
+    """Return the state in a checkpoint's bytes.
+
+    Raises:
+        ValueError: it declares more than it holds, or its zip checksums, which torch does not look at, do not fit.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(item.file_size for item in archive.infolist()) > len(content):
+            raise ValueError("the checkpoint declares more than it holds")
+        if name := archive.testzip():
+            raise ValueError(f"{name} in the checkpoint does not fit its checksum")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1358,6 +1397,73 @@ def _holding(path: Path, what: str) -> Iterator[None]:
     except filelock.Timeout:
         holder = owner.read_text() if owner.exists() else "another process"
         raise RuntimeError(f"{what} is being trained by {holder}; wait for it, or stop it first") from None
+
+
+RUN_FILES = ("checkpoint.pt", "checkpoint.previous.pt", "interrupted.json", "weights.safetensors", "run.json")
+
+
+def pack_runs(path: str | Path = "runs.zip") -> Path:
+    """Write the run store into a zip file, to be kept where the machine's disk is not, and return its path."""
+    path = Path(path)
+    with _replacing(path) as temporary, zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive:
+        for file in sorted(runs_dir().glob("**/*")):
+            if file.name in RUN_FILES:
+                archive.write(file, file.relative_to(runs_dir()))
+    return path
+
+
+def unpack_runs(path: str | Path, max_bytes: int = 4 << 30) -> list[str]:
+    """Take the runs of a zip file of `pack_runs` into the store, and return the names of those taken.
+
+    A run that the store holds with as many epochs stays as it is. Unpacked, the file may take up `max_bytes`.
+
+    Raises:
+        ValueError: this is no such file, it is too large, or a checkpoint in it is damaged; nothing is taken.
+        RuntimeError: one of the runs is being trained.
+    """
+    store, taken = runs_dir(), []
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store, prefix=".part-") as part:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for item in archive.infolist():
+                    name = PurePosixPath(item.filename)
+                    *above, seed, file = ("", "", *name.parts)
+                    fits = file in RUN_FILES and re.fullmatch(r"seed\d+-[0-9a-f]{16}", seed)
+                    if not fits or name.is_absolute() or ".." in above or re.search(r"[\\:\0]", item.filename):
+                        raise ValueError(f"{path} holds {item.filename!r}, which is no part of a run store")
+                if (size := sum(item.file_size for item in archive.infolist())) > max_bytes:
+                    raise ValueError(f"{path} unpacks to {size:,} bytes; it may be {max_bytes:,}")
+                archive.extractall(part)  # which compares the checksums, and writes no more than the sizes say
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is no sound zip file: {error}") from error
+        found = {folder: _epochs_done(folder) for folder in {file.parent for file in Path(part).glob("**/seed*/*")}}
+        for folder, epochs in sorted(found.items()):
+            name = folder.relative_to(part)
+            (store / name).mkdir(parents=True, exist_ok=True)
+            with _holding(store / name / "lock", f"run {name.as_posix()}"):
+                try:
+                    here = _epochs_done(store / name)
+                except ValueError:
+                    here = -1
+                if epochs > here:
+                    for file in (folder / file for file in RUN_FILES if (folder / file).exists()):
+                        os.replace(file, store / name / file.name)
+                    taken.append(name.as_posix())
+    return taken
+
+
+def _epochs_done(folder: Path) -> float:
+    """Return how many epochs a run in the store has behind it: infinite for a finished one."""
+    if (folder / "run.json").exists() and (folder / "weights.safetensors").exists():
+        return math.inf
+    checkpoint = folder / "checkpoint.pt"
+    if not checkpoint.exists():
+        return -1
+    try:
+        return len(_open_checkpoint(checkpoint.read_bytes(), torch.device("cpu"))["history"]["seconds"])
+    except Exception as error:
+        raise ValueError(f"the checkpoint in {folder.name} is damaged ({type(error).__name__})") from error
 
 
 def _fingerprint(identity: str, seed: int) -> str:
@@ -1625,8 +1731,7 @@ def record(
 
 def _add_seeds(path: Path, content: dict, new: dict[int, dict], identity: str) -> dict:
     """Write a record of the new seeds and of those that are in the file already, if they are the same variant's."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with filelock.FileLock(ROOT / "build" / ".records.lock"):
+    with _files_lock():
         if path.exists():
             for entry in json.loads(path.read_text())["seeds"]:
                 if entry["fingerprint"] == _fingerprint(identity, entry["seed"]):
@@ -1634,6 +1739,12 @@ def _add_seeds(path: Path, content: dict, new: dict[int, dict], identity: str) -
         content["seeds"] = [new[seed] for seed in sorted(new)]
         _write_json(path, content)
     return content
+
+
+def _files_lock() -> filelock.FileLock:
+    """Return the lock under which files outside the run store are written, by one process at a time."""
+    (ROOT / "build").mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(ROOT / "build" / ".records.lock")
 
 
 def _seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
@@ -1726,8 +1837,8 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, spli
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
     if save and processes()[0] == 0:
-        path = _report_dir(splits) / "figures" / f"{save}.png"
-        _write(path, buffer.getvalue())
+        with _files_lock():
+            _write(_report_dir(splits) / "figures" / f"{save}.png", buffer.getvalue())
     if not _in_notebook():
         return None
     from IPython.display import Image, display
