@@ -159,6 +159,12 @@ def _check_number(name: str, value, low: float, high: float = math.inf, kind=(in
         raise ValueError(f"{name} is {value!r}; it may be from {low} to {high}")
 
 
+def _check_name(what: str, value) -> None:
+    """Check that a name stays below the folder that it is put into, on every operating system."""
+    if not isinstance(value, str) or not all(re.fullmatch(r"[^\\:*?\"<>|\0]*[^.]", part) for part in value.split("/")):
+        raise ValueError(f"{what} is {value!r}; it must be a name like 'my_run', or several joined by /")
+
+
 def _check_dict(name: str, value) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"{name} is {value!r}; it must be a dict")
@@ -263,7 +269,7 @@ def processes() -> tuple[int, int]:
     atexit.register(distributed.destroy_process_group)
     rank = distributed.get_rank()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     return rank, distributed.get_world_size()
 
 
@@ -334,12 +340,16 @@ class Split:
     std: tuple[float, float, float]
 
     def __post_init__(self):
-        if self.images.dtype != torch.uint8:
-            raise TypeError(f"images are {self.images.dtype}; they must be torch.uint8")
+        for name, kind in (("images", torch.uint8), ("labels", torch.int64)):
+            found = getattr(getattr(self, name), "dtype", type(getattr(self, name)).__name__)
+            if found != kind:
+                raise TypeError(f"{name} are {found}; they must be {kind}")
         if self.images.ndim != 4 or self.images.shape[1:] != (3, 32, 32):
             raise ValueError(f"images have shape {list(self.images.shape)}; it must be [N, 3, 32, 32]")
-        if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels are {self.labels.dtype}; they must be torch.int64")
+        if self.images.device != self.labels.device:
+            raise ValueError(
+                f"images are on {self.images.device}, labels on {self.labels.device}; use split.to(device)"
+            )
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels have shape {list(self.labels.shape)}; it must be [{len(self.images)}]")
         if len(self.labels) == 0:
@@ -347,6 +357,10 @@ class Split:
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high > 9:
             raise ValueError(f"labels go from {low} to {high}; they may be 0 to 9")
+        for name, low in (("mean", -math.inf), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(value) and value >= low for value in values):
+                raise ValueError(f"{name} is {values}; it must be three finite numbers, for std above 0")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -367,6 +381,8 @@ class Split:
             raise ValueError(f"count is {count!r}; it may be a multiple of 10 up to {len(self)}")
         one_hot = F.one_hot(self.labels, 10)
         rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
+        if (fewest := int(one_hot.sum(0).min())) < count // 10:
+            raise ValueError(f"count is {count}; that is {count // 10} of each class, and one has {fewest}")
         return self[rank <= count // 10]
 
 
@@ -763,7 +779,15 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "muon": torch.optim.Muon,
 }
-SCHEDULES = ("constant", "step", "cosine", "onecycle")
+SCHEDULES = {  # and the arguments that each takes
+    "constant": (),
+    "step": ("epochs", "gamma"),
+    "cosine": ("eta_min",),
+    "onecycle": (
+        *("pct_start", "anneal_strategy", "cycle_momentum", "base_momentum", "max_momentum"),
+        *("div_factor", "final_div_factor", "three_phase"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -799,18 +823,25 @@ class Recipe:
     precision: str = "auto"
 
     def __post_init__(self):
-        _check_number("epochs", self.epochs, 1, kind=int)
-        _check_number("batch_size", self.batch_size, 1, kind=int)
+        _check_number("epochs", self.epochs, 1, 100_000, int)
+        _check_number("batch_size", self.batch_size, 1, 1_000_000, int)
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         _check_number("learning_rate", self.learning_rate, 0)
         for name in ("optimizer_args", "overrides", "schedule_args"):
             _check_dict(name, getattr(self, name))
+        if {"optimizer", "learning_rate"} & self.optimizer_args.keys():
+            raise ValueError("optimizer_args holds 'optimizer' or 'learning_rate'; these have fields of their own")
         for pattern, changes in self.overrides.items():
             _check_dict(f"overrides[{pattern!r}]", changes)
+            _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate", 0), 0)
             if "optimizer" in changes:
                 _one_of(f"overrides[{pattern!r}]['optimizer']", changes["optimizer"], tuple(OPTIMIZERS))
                 _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate"), 0)
-        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("schedule", self.schedule, tuple(SCHEDULES))
+        for name, value in self.schedule_args.items():
+            _one_of(f"argument of schedule {self.schedule}", name, SCHEDULES[self.schedule])
+            if name not in ("anneal_strategy", "cycle_momentum", "three_phase"):
+                _check_number(f"schedule_args[{name!r}]", value, 1e-9 if name.endswith("div_factor") else 0)
         if self.schedule == "step":
             _check_number("schedule_args['epochs']", self.schedule_args.get("epochs"), 1, kind=int)
         _check_number("label_smoothing", self.label_smoothing, 0, 1)
@@ -827,7 +858,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     """Return the optimizers that the recipe asks for, the main one first. Each trained parameter is in exactly one.
 
     Raises:
-        ValueError: an override fits no parameter, or leaves the main optimizer without any.
+        ValueError: an override fits no parameter, or leaves the main optimizer without any, or torch refuses a value.
     """
     main = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
     unused, groups = set(recipe.overrides), {}
@@ -846,8 +877,10 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     for text, parameters in groups.items():
         options = json.loads(text)
         kind, rate = options.pop("optimizer"), options.pop("learning_rate")
-        if unknown := options.keys() - inspect.signature(OPTIMIZERS[kind]).parameters.keys():
-            raise ValueError(f"optimizer {kind!r} has no argument {sorted(unknown)}; see optimizer_args, overrides")
+        try:
+            OPTIMIZERS[kind](parameters, lr=rate, **options)  # looks at the values, which are not checked in groups
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer {kind!r} cannot take {options}: {error}") from error
         by_optimizer.setdefault(kind, []).append({"params": parameters, "lr": rate, **options})
     if not by_optimizer[recipe.optimizer]:
         raise ValueError(f"optimizer is {recipe.optimizer!r}, but the overrides leave it no parameter")
@@ -896,7 +929,7 @@ class Run:
 
     model is in evaluation mode, or None where a committed record stood in for the training (REUSE_RECORDS=1); then
     `recorded` holds that record's entry. train_flops: 3 x the counted forward pass x the images seen.
-    identity is the fingerprint without the seed.
+    identity is the fingerprint without the seed. source is that of the splits.
     """
 
     name: str
@@ -908,6 +941,7 @@ class Run:
     train_flops: int
     device: str
     versions: dict[str, str]
+    source: str
     model: nn.Module | None = None
     recorded: dict | None = None
 
@@ -955,7 +989,8 @@ def fit(
         KeyboardInterrupt: passed on when the cell is interrupted; the history so far is in the store, and the next
             call goes on after the last whole epoch.
     """
-    _check_number("seed", seed, 0, kind=int)
+    _check_number("seed", seed, 0, 2**63 - 1, int)
+    _check_name("run", run)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is a {type(recipe).__name__}; it must be a Recipe")
     if not isinstance(splits, Splits):
@@ -1015,6 +1050,7 @@ class _Trainer:
             train_flops=self.train_flops,
             device=stored["device"],
             versions=stored["versions"],
+            source=self.splits.source,
             model=model,
             recorded=recorded,
         )
@@ -1035,14 +1071,16 @@ class _Trainer:
         """Return where the finished run was found, its record and, from the store, its weights."""
         finished, path = self.folder / "run.json", self.folder / "weights.safetensors"
         if finished.exists() and path.exists():
-            with contextlib.suppress(ValueError, KeyError):
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError):
                 stored, weights = json.loads(finished.read_text()), path.read_bytes()
+                History(**stored["history"])
+                safetensors.torch.load(weights)
                 if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) == found:
                     return "loaded from the run store", stored, weights
             warnings.warn(f"{self.folder} holds a damaged run; its checkpoint, if any, is used", stacklevel=5)
         if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
             for path in sorted((ROOT / "report" / "results").glob("*.json")):
-                for entry in json.loads(path.read_text())["seeds"]:
+                for entry in _read_record(path)["seeds"]:
                     if entry["fingerprint"] == _fingerprint(self.identity, self.seed):
                         return f"taken from the record {path.name}", entry, None
         return None
@@ -1624,6 +1662,8 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
         raise ValueError(
             f"logits are {list(logits.shape)}, labels {list(labels.shape)}; they must be [N, 10] and [N], N > 0"
         )
+    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
+        raise ValueError(f"labels are {labels.dtype}, {labels.min()} to {labels.max()}; they must be int64, 0 to 9")
     if not torch.isfinite(logits).all():
         raise ValueError("logits hold values that are not finite; the model is broken, or its input is")
     logits, labels = logits.float().cpu(), labels.cpu()
@@ -1656,7 +1696,8 @@ def predict(
     (Jordan, 2024, https://arxiv.org/abs/2404.00498).
     """
     _one_of("tta", tta, TTA)
-    device = next(model.parameters()).device
+    _check_number("batch_size", batch_size, 1, kind=int)
+    device = next(model.parameters(), torch.zeros(())).device
     dtype = pick_precision(precision, device)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -1706,9 +1747,14 @@ def record(
     Accuracies are fractions; `train_flops` are those of one seed; the history keeps at most 500 points of the loss.
     """
     _one_of("system", system, (None, "S0", "S1", "S2", "S3", "S4"))
+    _check_name("name", name)
+    if published_top1 is not None:
+        _check_number("published_top1", published_top1, 0, 1)
     if not runs or len({run.identity for run in runs}) != 1:
         raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, at least one")
     first = runs[0]
+    if {run.source for run in runs} != {splits.source}:
+        raise ValueError(f"the runs were trained on {first.source}, but splits are {splits.source}")
     content = {
         "name": name,
         "notebook": notebook,
@@ -1733,11 +1779,30 @@ def _add_seeds(path: Path, content: dict, new: dict[int, dict], identity: str) -
     """Write a record of the new seeds and of those that are in the file already, if they are the same variant's."""
     with _files_lock():
         if path.exists():
-            for entry in json.loads(path.read_text())["seeds"]:
+            for entry in _read_record(path)["seeds"]:
                 if entry["fingerprint"] == _fingerprint(identity, entry["seed"]):
                     new.setdefault(entry["seed"], entry)
         content["seeds"] = [new[seed] for seed in sorted(new)]
         _write_json(path, content)
+    return content
+
+
+def _read_record(path: Path) -> dict:
+    """Return a record.
+
+    Raises:
+        ValueError: the file holds something else, or is larger than any record.
+    """
+    try:
+        if path.stat().st_size > 64 << 20:
+            raise ValueError("larger than 64 MiB")
+        content = json.loads(path.read_text())
+        for entry in content["seeds"]:
+            _check_number("seed", entry["seed"], 0, kind=int)
+            History(**entry["history"])
+            entry["fingerprint"].encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no record ({error}); restore it, or delete it and record again") from error
     return content
 
 
@@ -1786,6 +1851,8 @@ def _report_dir(splits: Splits) -> Path:
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
     """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
+    if not records:
+        raise ValueError("records is empty; a table needs at least one")
     rows = []
     for content in records:
         columns = {
@@ -1811,6 +1878,8 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
 
 def percent(values: Sequence[float | None]) -> str:
     """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
+    if len(values) == 0:
+        raise ValueError("values is empty; it must hold at least one accuracy")
     if any(value is None for value in values):
         return "-"
     spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -1836,6 +1905,8 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, spli
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
+    if save:
+        _check_name("save", save)
     if save and processes()[0] == 0:
         with _files_lock():
             _write(_report_dir(splits) / "figures" / f"{save}.png", buffer.getvalue())

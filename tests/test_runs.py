@@ -421,14 +421,21 @@ def script(tmp_path):
     return path
 
 
+def written(store: Path) -> set[int]:
+    """When the checkpoints were written; empty while one is being replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        return {path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")}
+    return set()
+
+
 @contextlib.contextmanager
 def running(script: Path, store: Path):
     """Start the script, yield its process after the next checkpoint, and kill it at the end."""
-    before = [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")]
+    before = written(store)
     environment = {"PYTHONPATH": str(Path(my_utils.__file__).parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen([sys.executable, script], env=os.environ | environment, stderr=subprocess.PIPE) as process:
         try:
-            while [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")] == before:
+            while written(store) in (before, set()):
                 assert process.poll() is None, process.stderr.read().decode()
                 time.sleep(0.005)
             yield process
@@ -605,6 +612,7 @@ def test_a_checkpoint_that_declares_too_much_takes_no_memory(splits, store):
     [
         ("run.json", lambda good: good[: len(good) // 2]),
         ("run.json", lambda good: b""),
+        ("run.json", lambda good: b'{"history": {"__class__": "os.system"}}'),
         ("weights.safetensors", lambda good: flipped(good, 0.7)),
         ("weights.safetensors", lambda good: good[:-9]),
         ("weights.safetensors", lambda good: (1 << 60).to_bytes(8, "little") + good[8:]),  # a header without an end
@@ -631,6 +639,10 @@ def test_a_run_finished_before_weights_had_a_digest_is_loaded(splits, store):
     path.write_text(json.dumps(stored))
     with each_forward() as calls:
         assert_same(fit(Tiny, splits, recipe()), reference)
+        weights = path.with_name("weights.safetensors")
+        weights.write_bytes((1 << 60).to_bytes(8, "little") + weights.read_bytes()[8:])  # a header without an end
+        with pytest.warns(UserWarning, match="holds a damaged run"):
+            assert_same(fit(Tiny, splits, recipe()), reference)
     assert calls == []
 
 
