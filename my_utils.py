@@ -5,13 +5,15 @@ Read it from top to bottom, it follows the data:
     load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
 
 The models are not here. They are the lesson, so the notebooks build them.
-Everything is plain PyTorch; nothing in this file needs a GPU.
+Everything is plain PyTorch; nothing in this file needs a GPU. Started by torchrun, a script trains on many of them.
 """
 
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
+import datetime
 import dis
 import errno
 import fnmatch
@@ -24,6 +26,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import socket
 import sys
 import tarfile
@@ -31,9 +35,11 @@ import tempfile
 import textwrap
 import time
 import types
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import filelock
 import numpy as np
@@ -47,7 +53,7 @@ import torch
 import torchmetrics.functional.classification as metrics
 import torchvision
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -87,9 +93,10 @@ def seeds() -> range:
 
 def pick_device() -> torch.device:
     """Return the device to train on: CUDA, else Apple's MPS, else the CPU."""
+    _, count = processes()
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda")  # under torchrun the one that `processes` chose
+    return torch.device("mps" if torch.backends.mps.is_available() and count == 1 else "cpu")
 
 
 def pick_precision(precision: str = "auto", device: torch.device | None = None) -> torch.dtype:
@@ -152,18 +159,30 @@ def _check_number(name: str, value, low: float, high: float = math.inf, kind=(in
         raise ValueError(f"{name} is {value!r}; it may be from {low} to {high}")
 
 
+def _check_name(what: str, value) -> None:
+    """Check that a name stays below the folder that it is put into, on every operating system."""
+    if not isinstance(value, str) or not all(re.fullmatch(r"[^\\:*?\"<>|\0]*[^.]", part) for part in value.split("/")):
+        raise ValueError(f"{what} is {value!r}; it must be a name like 'my_run', or several joined by /")
+
+
 def _check_dict(name: str, value) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"{name} is {value!r}; it must be a dict")
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and move it there at the end: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it there at the end: readers see the old file or the new one.
+
+    Only one process may do so at a time; what a killed one has left behind is then overwritten, or removed. `previous`
+    gets the old file.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "make the folder writable"
@@ -177,8 +196,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+def _write(path: Path, content: bytes, previous: Path | None = None) -> None:
+    with _replacing(path, previous) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -206,16 +225,84 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
         answer = requests.get(f"{repository}/notebooks/{name}", timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT))
         answer.raise_for_status()
         path = ROOT / name
-        _write(path, answer.content)
+        with _files_lock():
+            _write(path, answer.content)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["import my_utils as utils", f"REPOSITORY = {repository!r}"]  # which the set-up cell defines
     sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
     module_path = ROOT / "build" / f"{MODELS}{notebook}.py"  # a file, so that the fingerprint finds the source
-    _write(module_path, "\n\n\n".join(sources).encode())
+    with _files_lock():
+        _write(module_path, "\n\n\n".join(sources).encode())
     spec = importlib.util.spec_from_file_location(module_path.stem, module_path)
     module = sys.modules[module_path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts one per device, on one machine or more, and each runs the whole script
+# ---------------------------------------------------------------------------------------------------------------------
+
+PATIENCE = datetime.timedelta(minutes=30)  # how long a process waits for another, which may be downloading the data
+
+
+@functools.cache
+def processes() -> tuple[int, int]:
+    """Return (rank, count): which process of how many this is, (0, 1) unless torchrun started several.
+
+    The first call joins the others, by NCCL on CUDA, where each process gets a GPU of its own, and by gloo on CPUs.
+    From then on only process 0 prints; errors show from all.
+
+    Raises:
+        RuntimeError: torchrun started more processes than this machine has GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return 0, 1
+    backend = "gloo"
+    if torch.cuda.is_available():
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            raise RuntimeError(f"torchrun started more processes than there are GPUs; use --nproc-per-node={gpus}")
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(distributed.destroy_process_group)
+    rank = distributed.get_rank()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+    return rank, distributed.get_world_size()
+
+
+def _once(act: Callable):
+    """Let process 0 act while the others wait, and return its result, or raise its error, in all of them."""
+    rank, count = processes()
+    if count == 1:
+        return act()
+    outcome = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _of_all(value) -> list:
+    """Return every process's value, in the order of their ranks."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def _sum(value: Tensor) -> Tensor:
+    """Return the sum over the processes; the tensor itself is overwritten with it."""
+    if processes()[1] > 1:
+        distributed.all_reduce(value)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,12 +340,16 @@ class Split:
     std: tuple[float, float, float]
 
     def __post_init__(self):
-        if self.images.dtype != torch.uint8:
-            raise TypeError(f"images are {self.images.dtype}; they must be torch.uint8")
+        for name, kind in (("images", torch.uint8), ("labels", torch.int64)):
+            found = getattr(getattr(self, name), "dtype", type(getattr(self, name)).__name__)
+            if found != kind:
+                raise TypeError(f"{name} are {found}; they must be {kind}")
         if self.images.ndim != 4 or self.images.shape[1:] != (3, 32, 32):
             raise ValueError(f"images have shape {list(self.images.shape)}; it must be [N, 3, 32, 32]")
-        if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels are {self.labels.dtype}; they must be torch.int64")
+        if self.images.device != self.labels.device:
+            raise ValueError(
+                f"images are on {self.images.device}, labels on {self.labels.device}; use split.to(device)"
+            )
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels have shape {list(self.labels.shape)}; it must be [{len(self.images)}]")
         if len(self.labels) == 0:
@@ -266,6 +357,10 @@ class Split:
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high > 9:
             raise ValueError(f"labels go from {low} to {high}; they may be 0 to 9")
+        for name, low in (("mean", -math.inf), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(math.isfinite(value) and value >= low for value in values):
+                raise ValueError(f"{name} is {values}; it must be three finite numbers, for std above 0")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -286,6 +381,8 @@ class Split:
             raise ValueError(f"count is {count!r}; it may be a multiple of 10 up to {len(self)}")
         one_hot = F.one_hot(self.labels, 10)
         rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
+        if (fewest := int(one_hot.sum(0).min())) < count // 10:
+            raise ValueError(f"count is {count}; that is {count // 10} of each class, and one has {fewest}")
         return self[rank <= count // 10]
 
 
@@ -342,6 +439,7 @@ def load_cifar10(
         DataError: the files, or what a source sent, are not CIFAR-10; the disk is full or the folder read-only;
             or nothing could be reached and `synthetic` is False.
     """
+    processes()  # from here on, of several only one prints; whichever comes first downloads, under a lock
     if synthetic is None and run_size() == "smoke":
         synthetic = True
     if synthetic:
@@ -425,6 +523,9 @@ def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
         with filelock.FileLock(root / ".download.lock"), tempfile.TemporaryDirectory(dir=root, prefix=".part-") as part:
             if (root / torchvision.datasets.CIFAR10.base_folder).exists():
                 return  # another process was faster
+            for left in root.glob(".part-*"):
+                if left.name != Path(part).name:  # by a killed process, for the lock is ours
+                    shutil.rmtree(left)
             for source in sources:
                 host = source.split("/")[2]
                 print(f"CIFAR-10: trying {host} ({ARCHIVE_BYTES / 1e6:.0f} MB)", flush=True)
@@ -627,13 +728,20 @@ def _generator(*key) -> torch.Generator:
 
 
 def batches(
-    split: Split, batch_size: int, *, augmentation: Augmentation | None = None, seed: int | None = None, epoch: int = 0
+    split: Split,
+    batch_size: int,
+    *,
+    augmentation: Augmentation | None = None,
+    seed: int | None = None,
+    epoch: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
     Without a seed: in order, unchanged, the short last batch included. This is the view for validation and test.
     With one: shuffled and augmented by random numbers that depend on seed and epoch alone; a last batch that would be
     short is dropped (other images every epoch), unless it is the only one.
+    part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """
     _check_number("batch_size", batch_size, 1, kind=int)
     if augmentation is not None and seed is None:
@@ -649,7 +757,7 @@ def batches(
         draws = {name: value.to(device) for name, value in augmentation.draw(count, seed, epoch).items()}
     order = order.to(device)
     for start in range(0, end, batch_size):
-        index = order[start : start + batch_size]
+        index = order[start : start + batch_size].tensor_split(part[1])[part[0]]
         images = split.images[index].float().div_(255)
         if augmentation is not None:
             images = augmentation(images, {name: value[index] for name, value in draws.items()}, mean)
@@ -671,7 +779,15 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "muon": torch.optim.Muon,
 }
-SCHEDULES = ("constant", "step", "cosine", "onecycle")
+SCHEDULES = {  # and the arguments that each takes
+    "constant": (),
+    "step": ("epochs", "gamma"),
+    "cosine": ("eta_min",),
+    "onecycle": (
+        *("pct_start", "anneal_strategy", "cycle_momentum", "base_momentum", "max_momentum"),
+        *("div_factor", "final_div_factor", "three_phase"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -707,18 +823,25 @@ class Recipe:
     precision: str = "auto"
 
     def __post_init__(self):
-        _check_number("epochs", self.epochs, 1, kind=int)
-        _check_number("batch_size", self.batch_size, 1, kind=int)
+        _check_number("epochs", self.epochs, 1, 100_000, int)
+        _check_number("batch_size", self.batch_size, 1, 1_000_000, int)
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         _check_number("learning_rate", self.learning_rate, 0)
         for name in ("optimizer_args", "overrides", "schedule_args"):
             _check_dict(name, getattr(self, name))
+        if {"optimizer", "learning_rate"} & self.optimizer_args.keys():
+            raise ValueError("optimizer_args holds 'optimizer' or 'learning_rate'; these have fields of their own")
         for pattern, changes in self.overrides.items():
             _check_dict(f"overrides[{pattern!r}]", changes)
+            _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate", 0), 0)
             if "optimizer" in changes:
                 _one_of(f"overrides[{pattern!r}]['optimizer']", changes["optimizer"], tuple(OPTIMIZERS))
                 _check_number(f"overrides[{pattern!r}]['learning_rate']", changes.get("learning_rate"), 0)
-        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("schedule", self.schedule, tuple(SCHEDULES))
+        for name, value in self.schedule_args.items():
+            _one_of(f"argument of schedule {self.schedule}", name, SCHEDULES[self.schedule])
+            if name not in ("anneal_strategy", "cycle_momentum", "three_phase"):
+                _check_number(f"schedule_args[{name!r}]", value, 1e-9 if name.endswith("div_factor") else 0)
         if self.schedule == "step":
             _check_number("schedule_args['epochs']", self.schedule_args.get("epochs"), 1, kind=int)
         _check_number("label_smoothing", self.label_smoothing, 0, 1)
@@ -735,7 +858,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     """Return the optimizers that the recipe asks for, the main one first. Each trained parameter is in exactly one.
 
     Raises:
-        ValueError: an override fits no parameter, or leaves the main optimizer without any.
+        ValueError: an override fits no parameter, or leaves the main optimizer without any, or torch refuses a value.
     """
     main = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
     unused, groups = set(recipe.overrides), {}
@@ -754,8 +877,10 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     for text, parameters in groups.items():
         options = json.loads(text)
         kind, rate = options.pop("optimizer"), options.pop("learning_rate")
-        if unknown := options.keys() - inspect.signature(OPTIMIZERS[kind]).parameters.keys():
-            raise ValueError(f"optimizer {kind!r} has no argument {sorted(unknown)}; see optimizer_args, overrides")
+        try:
+            OPTIMIZERS[kind](parameters, lr=rate, **options)  # looks at the values, which are not checked in groups
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer {kind!r} cannot take {options}: {error}") from error
         by_optimizer.setdefault(kind, []).append({"params": parameters, "lr": rate, **options})
     if not by_optimizer[recipe.optimizer]:
         raise ValueError(f"optimizer is {recipe.optimizer!r}, but the overrides leave it no parameter")
@@ -804,7 +929,7 @@ class Run:
 
     model is in evaluation mode, or None where a committed record stood in for the training (REUSE_RECORDS=1); then
     `recorded` holds that record's entry. train_flops: 3 x the counted forward pass x the images seen.
-    identity is the fingerprint without the seed.
+    identity is the fingerprint without the seed. source is that of the splits.
     """
 
     name: str
@@ -816,6 +941,7 @@ class Run:
     train_flops: int
     device: str
     versions: dict[str, str]
+    source: str
     model: nn.Module | None = None
     recorded: dict | None = None
 
@@ -843,6 +969,10 @@ def fit(
 ) -> Run:
     """Train a model, or return the run at once if the store holds it finished, or go on where it stopped.
 
+    Under torchrun (see `processes`) each process trains on its part of every batch of recipe.batch_size images, and the
+    gradients are averaged to those of the whole batch. BatchNorm uses each process's own images; process 0's running
+    statistics are kept. Only process 0 reads and writes the store, so another number of processes can go on.
+
     Args:
         build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
             [N, 10]; it is called under the seed, so the first weights belong to the seed too
@@ -859,7 +989,8 @@ def fit(
         KeyboardInterrupt: passed on when the cell is interrupted; the history so far is in the store, and the next
             call goes on after the last whole epoch.
     """
-    _check_number("seed", seed, 0, kind=int)
+    _check_number("seed", seed, 0, 2**63 - 1, int)
+    _check_name("run", run)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is a {type(recipe).__name__}; it must be a Recipe")
     if not isinstance(splits, Splits):
@@ -871,7 +1002,8 @@ def fit(
         trainer = _Trainer(build_model, splits, recipe, run, seed, watch, probe, device)
         result = trainer.stored(need_model)
         if result is None:
-            with trainer.lock():
+            with contextlib.ExitStack() as held:
+                _once(lambda: held.enter_context(trainer.lock()))
                 result = trainer.stored(need_model) or trainer.train(plot)
         elif plot:
             show(plot_history(result.history, recipe.epochs, f"{run}, seed {seed}{_flag(splits)}"), alt=_CURVES_ALT)
@@ -887,11 +1019,14 @@ class _Trainer:
     def __init__(self, build_model, splits: Splits, recipe: Recipe, run: str, seed: int, watch: bool, probe, device):
         self.splits, self.recipe, self.seed, self.watch = splits, recipe, seed, watch
         self.name, self.device, self.probe = run, device, probe
+        self.rank, self.count = processes()
         self.model = build_model()
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"build_model returned a {type(self.model).__name__}; it must return an nn.Module")
         self.identity = _identity(build_model, self.model, recipe, splits, watch, probe)
         self.folder = runs_dir() / run_size() / run / f"seed{seed}-{_fingerprint(self.identity, seed)}"
+        if len(set(_of_all((run, self.folder.name)))) > 1:
+            raise RuntimeError(f"the processes disagree about run {run}: their model, recipe, data or seed differ")
         self.history = History()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seen = recipe.epochs * min(
@@ -915,25 +1050,39 @@ class _Trainer:
             train_flops=self.train_flops,
             device=stored["device"],
             versions=stored["versions"],
+            source=self.splits.source,
             model=model,
             recorded=recorded,
         )
 
     def stored(self, need_model: bool) -> Run | None:
         """Return the finished run from the store, or else from a committed record where that is enough."""
-        finished, weights = self.folder / "run.json", self.folder / "weights.safetensors"
-        if finished.exists() and weights.exists():
-            stored = json.loads(finished.read_text())
-            self.model.load_state_dict(safetensors.torch.load_file(weights))
-            print(f"{self.name}, seed {self.seed}: trained before, loaded from the run store")
-            return self.result(self.model.to(self.device).eval(), stored)
+        found = _once(lambda: self.find(need_model))
+        if found is None:
+            return None
+        where, stored, weights = found
+        print(f"{self.name}, seed {self.seed}: trained before, {where}")
+        if weights is None:
+            return self.result(None, stored, stored)
+        self.model.load_state_dict(safetensors.torch.load(weights))
+        return self.result(self.model.to(self.device).eval(), stored)
+
+    def find(self, need_model: bool) -> tuple[str, dict, bytes | None] | None:
+        """Return where the finished run was found, its record and, from the store, its weights."""
+        finished, path = self.folder / "run.json", self.folder / "weights.safetensors"
+        if finished.exists() and path.exists():
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError):
+                stored, weights = json.loads(finished.read_text()), path.read_bytes()
+                History(**stored["history"])
+                safetensors.torch.load(weights)
+                if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) == found:
+                    return "loaded from the run store", stored, weights
+            warnings.warn(f"{self.folder} holds a damaged run; its checkpoint, if any, is used", stacklevel=5)
         if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
             for path in sorted((ROOT / "report" / "results").glob("*.json")):
-                record = json.loads(path.read_text())
-                for entry in record["seeds"]:
+                for entry in _read_record(path)["seeds"]:
                     if entry["fingerprint"] == _fingerprint(self.identity, self.seed):
-                        print(f"{self.name}, seed {self.seed}: trained before, taken from the record {path.name}")
-                        return self.result(None, entry, entry)
+                        return f"taken from the record {path.name}", entry, None
         return None
 
     def train(self, plot: bool) -> Run:
@@ -944,6 +1093,9 @@ class _Trainer:
         self.model.to(device, memory_format=self.layout)
         self.train_split = self.splits.train.to(device)
         self.steps = steps_per_epoch(len(self.train_split), recipe.batch_size)
+        self.batch = min(recipe.batch_size, len(self.train_split))
+        if self.batch < self.count:
+            raise ValueError(f"a batch has {self.batch} images; {self.count} processes need at least one each")
         self.optimizers = build_optimizers(self.model, recipe)
         self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -952,6 +1104,11 @@ class _Trainer:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.weight_averaging)
             self.averaged = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.resume()
+        self.parallel = self.model
+        if self.count > 1:
+            # A gate may leave out parameters, so these are looked for; torch advises against it where there are none.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=True)
         with _Progress(f"{self.name}, seed {self.seed}", recipe.epochs * self.steps, recipe.batch_size) as progress:
             progress.start(len(self.history.step_loss))
             live = _LivePlot(f"{self.name}, seed {self.seed}{_flag(self.splits)}", recipe.epochs) if plot else None
@@ -959,26 +1116,32 @@ class _Trainer:
                 for epoch in range(len(self.history.seconds), recipe.epochs):
                     self.train_epoch(epoch, progress, live)
                     self.evaluate_epoch(progress)
-                    self.checkpoint()
+                    _once(self.checkpoint)
                     if live:
                         live.draw(self.history)
             except KeyboardInterrupt:
-                self.write_run("interrupted.json")
+                if self.rank == 0:
+                    self.write_run("interrupted.json")
                 print(f"\n{self.name}: interrupted; fit again to go on after epoch {len(self.history.seconds)}")
                 raise
         model = self.averaged.module if self.averaged else self.model
-        _write(self.folder / "weights.safetensors", safetensors.torch.save(_contiguous(model.state_dict())))
-        stored = self.write_run("run.json")
-        return self.result(model.eval(), stored)
+        return self.result(model.eval(), _once(lambda: self.finish(model)))
 
-    def write_run(self, name: str) -> dict:
+    def finish(self, model: nn.Module) -> dict:
+        weights = safetensors.torch.save(_contiguous(model.state_dict()))
+        _write(self.folder / "weights.safetensors", weights)
+        return self.write_run("run.json", weights_sha256=hashlib.sha256(weights).hexdigest())
+
+    def write_run(self, name: str, **more) -> dict:
+        many = f"{self.count} x " if self.count > 1 else ""
         stored = {
             "name": self.name,
             "seed": self.seed,
             "recipe": asdict(self.recipe),
-            "device": f"{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
+            "device": f"{many}{describe_device(self.device)}, {str(self.dtype).removeprefix('torch.')}",
             "versions": versions(),
             "history": asdict(self.history),
+            **more,
         }
         _write_json(self.folder / name, stored)
         return stored
@@ -989,14 +1152,18 @@ class _Trainer:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         done = seen = 0
         self.model.train()
+        if self.rank > 0:  # process 0 goes on with the random numbers of the checkpoint
+            torch.manual_seed(_generator(self.seed, epoch, "process", self.rank).initial_seed())
+        settings = {"augmentation": recipe.augmentation, "seed": self.seed, "epoch": epoch}
+        part = (self.rank, self.count)
         start = time.perf_counter()
-        for step, (images, labels) in enumerate(
-            batches(self.train_split, recipe.batch_size, augmentation=recipe.augmentation, seed=self.seed, epoch=epoch)
-        ):
+        for step, (images, labels) in enumerate(batches(self.train_split, recipe.batch_size, part=part, **settings)):
             images = images.contiguous(memory_format=self.layout)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.model(images)
+                logits = self.parallel(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            # Gradients are averaged over the processes; weighted so, the average is the gradient of the whole batch.
+            loss = loss * (len(labels) * self.count / self.batch)
             self.scaler.scale(loss).backward()
             history.step_learning_rate.append(self.optimizers[0].param_groups[0]["lr"])
             for optimizer in self.optimizers:
@@ -1007,7 +1174,7 @@ class _Trainer:
                 scheduler.step()
             if self.averaged:
                 self.averaged.update_parameters(self.model)
-            losses[step] = loss.detach()
+            losses[step] = _sum(loss.detach()) / self.count
             correct += (logits.detach().argmax(1) == labels).sum()
             seen += len(labels)
             # Reading a loss makes a GPU wait, so losses are read a few times per second and not at every step.
@@ -1020,13 +1187,25 @@ class _Trainer:
                     live.draw(history)
         history.seconds.append(time.perf_counter() - start)
         history.train_loss.append(losses.double().mean().item())
-        history.train_top1.append(correct.item() / seen)
+        history.train_top1.append(_sum(correct).item() / (self.steps * self.batch))
+        if self.count > 1:  # each process moved its buffers by its own images
+            buffers = [buffer for model in (self.model, self.averaged) if model for buffer in model.buffers()]
+            for own, first in zip(buffers, _once(lambda: [buffer.cpu() for buffer in buffers]), strict=True):
+                own.copy_(first)
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Return the Evaluation of the weights that are kept; of several processes each predicts a part."""
+        model, precision = self.averaged or self.model, self.recipe.precision
+        if len(split) < self.count:
+            return evaluate(model, split, precision=precision)
+        start, end = (len(split) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return score(torch.cat(_of_all(predict(model, split[start:end], precision=precision))), split.labels)
 
     def evaluate_epoch(self, progress: _Progress) -> None:
-        model, history = self.averaged or self.model, self.history
+        history = self.history
         if self.splits.val is not None:
             try:
-                result = evaluate(model, self.splits.val, precision=self.recipe.precision)
+                result = self.evaluate(self.splits.val)
             except ValueError as error:
                 if "finite" not in str(error):
                     raise
@@ -1038,11 +1217,11 @@ class _Trainer:
             history.val_loss.append(result.nll)
             history.val_top1.append(result.top1)
         if self.watch:
-            history.test_top1.append(evaluate(model, self.splits.test, precision=self.recipe.precision).top1)
+            history.test_top1.append(self.evaluate(self.splits.test).top1)
         if self.probe:
             shown = self.averaged.module if self.averaged else self.model
             with torch.no_grad(), _evaluating(shown):
-                history.probe.append({name: float(value) for name, value in self.probe(shown).items()})
+                history.probe.append(_once(lambda: {name: float(value) for name, value in self.probe(shown).items()}))
             if not all(map(math.isfinite, history.probe[-1].values())):
                 raise ValueError(f"probe returned {history.probe[-1]}; its numbers must be finite")
         progress.epoch_done(history)
@@ -1071,24 +1250,30 @@ class _Trainer:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        _write(self.folder / "checkpoint.pt", buffer.getvalue())
+        _write(self.folder / "checkpoint.pt", buffer.getvalue(), previous=self.folder / "checkpoint.previous.pt")
 
     def resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        """Go on after the checkpoint, or after the one before where the last is damaged."""
+        damage = None
+        for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"):
+            content = _once(lambda path=path: path.read_bytes() if path.exists() else None)
+            if content is None:
+                continue
+            try:
+                self.load(_open_checkpoint(content, self.device))
+            except Exception as error:  # torch raises nearly anything on a file that is not its own
+                damage = damage or (path, error)
+                continue
+            if damage:
+                print(f"{self.name}, seed {self.seed}: {damage[0]} is damaged, so the one before is used")
+            done = len(self.history.seconds)
+            print(f"{self.name}, seed {self.seed}: going on after epoch {done} of {self.recipe.epochs}")
             return
-        try:
-            self.load(torch.load(path, map_location=self.device, weights_only=True))
-        except PermissionError:
-            raise
-        except Exception as error:  # torch raises nearly anything on a file that is not its own
+        if damage:
             raise RuntimeError(
-                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(error).__name__}). "
-                f"Delete {path} to train this run again from the start."
-            ) from error
-        print(
-            f"{self.name}, seed {self.seed}: going on after epoch {len(self.history.seconds)} of {self.recipe.epochs}"
-        )
+                f"the checkpoint of {self.name}, seed {self.seed}, is damaged ({type(damage[1]).__name__}). "
+                f"Delete {damage[0]} to train this run again from the start."
+            ) from damage[1]
 
     def load(self, state) -> None:
         self.model.load_state_dict(state["model"])
@@ -1104,6 +1289,20 @@ class _Trainer:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.history = History(**state["history"])
+
+
+def _open_checkpoint(content: bytes, device: torch.device):
+    """Return the state in a checkpoint's bytes.
+
+    Raises:
+        ValueError: it declares more than it holds, or its zip checksums, which torch does not look at, do not fit.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(item.file_size for item in archive.infolist()) > len(content):
+            raise ValueError("the checkpoint declares more than it holds")
+        if name := archive.testzip():
+            raise ValueError(f"{name} in the checkpoint does not fit its checksum")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1161,6 +1360,7 @@ class _Progress:
             unit_scale=True,
             file=_CellText() if _in_notebook() else sys.stderr,
             dynamic_ncols=not _in_notebook(),
+            disable=processes()[0] > 0,
             bar_format="{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left",
         )
 
@@ -1235,6 +1435,73 @@ def _holding(path: Path, what: str) -> Iterator[None]:
     except filelock.Timeout:
         holder = owner.read_text() if owner.exists() else "another process"
         raise RuntimeError(f"{what} is being trained by {holder}; wait for it, or stop it first") from None
+
+
+RUN_FILES = ("checkpoint.pt", "checkpoint.previous.pt", "interrupted.json", "weights.safetensors", "run.json")
+
+
+def pack_runs(path: str | Path = "runs.zip") -> Path:
+    """Write the run store into a zip file, to be kept where the machine's disk is not, and return its path."""
+    path = Path(path)
+    with _replacing(path) as temporary, zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive:
+        for file in sorted(runs_dir().glob("**/*")):
+            if file.name in RUN_FILES:
+                archive.write(file, file.relative_to(runs_dir()))
+    return path
+
+
+def unpack_runs(path: str | Path, max_bytes: int = 4 << 30) -> list[str]:
+    """Take the runs of a zip file of `pack_runs` into the store, and return the names of those taken.
+
+    A run that the store holds with as many epochs stays as it is. Unpacked, the file may take up `max_bytes`.
+
+    Raises:
+        ValueError: this is no such file, it is too large, or a checkpoint in it is damaged; nothing is taken.
+        RuntimeError: one of the runs is being trained.
+    """
+    store, taken = runs_dir(), []
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store, prefix=".part-") as part:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for item in archive.infolist():
+                    name = PurePosixPath(item.filename)
+                    *above, seed, file = ("", "", *name.parts)
+                    fits = file in RUN_FILES and re.fullmatch(r"seed\d+-[0-9a-f]{16}", seed)
+                    if not fits or name.is_absolute() or ".." in above or re.search(r"[\\:\0]", item.filename):
+                        raise ValueError(f"{path} holds {item.filename!r}, which is no part of a run store")
+                if (size := sum(item.file_size for item in archive.infolist())) > max_bytes:
+                    raise ValueError(f"{path} unpacks to {size:,} bytes; it may be {max_bytes:,}")
+                archive.extractall(part)  # which compares the checksums, and writes no more than the sizes say
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is no sound zip file: {error}") from error
+        found = {folder: _epochs_done(folder) for folder in {file.parent for file in Path(part).glob("**/seed*/*")}}
+        for folder, epochs in sorted(found.items()):
+            name = folder.relative_to(part)
+            (store / name).mkdir(parents=True, exist_ok=True)
+            with _holding(store / name / "lock", f"run {name.as_posix()}"):
+                try:
+                    here = _epochs_done(store / name)
+                except ValueError:
+                    here = -1
+                if epochs > here:
+                    for file in (folder / file for file in RUN_FILES if (folder / file).exists()):
+                        os.replace(file, store / name / file.name)
+                    taken.append(name.as_posix())
+    return taken
+
+
+def _epochs_done(folder: Path) -> float:
+    """Return how many epochs a run in the store has behind it: infinite for a finished one."""
+    if (folder / "run.json").exists() and (folder / "weights.safetensors").exists():
+        return math.inf
+    checkpoint = folder / "checkpoint.pt"
+    if not checkpoint.exists():
+        return -1
+    try:
+        return len(_open_checkpoint(checkpoint.read_bytes(), torch.device("cpu"))["history"]["seconds"])
+    except Exception as error:
+        raise ValueError(f"the checkpoint in {folder.name} is damaged ({type(error).__name__})") from error
 
 
 def _fingerprint(identity: str, seed: int) -> str:
@@ -1395,6 +1662,8 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
         raise ValueError(
             f"logits are {list(logits.shape)}, labels {list(labels.shape)}; they must be [N, 10] and [N], N > 0"
         )
+    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
+        raise ValueError(f"labels are {labels.dtype}, {labels.min()} to {labels.max()}; they must be int64, 0 to 9")
     if not torch.isfinite(logits).all():
         raise ValueError("logits hold values that are not finite; the model is broken, or its input is")
     logits, labels = logits.float().cpu(), labels.cpu()
@@ -1427,7 +1696,8 @@ def predict(
     (Jordan, 2024, https://arxiv.org/abs/2404.00498).
     """
     _one_of("tta", tta, TTA)
-    device = next(model.parameters()).device
+    _check_number("batch_size", batch_size, 1, kind=int)
+    device = next(model.parameters(), torch.zeros(())).device
     dtype = pick_precision(precision, device)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -1477,11 +1747,14 @@ def record(
     Accuracies are fractions; `train_flops` are those of one seed; the history keeps at most 500 points of the loss.
     """
     _one_of("system", system, (None, "S0", "S1", "S2", "S3", "S4"))
+    _check_name("name", name)
+    if published_top1 is not None:
+        _check_number("published_top1", published_top1, 0, 1)
     if not runs or len({run.identity for run in runs}) != 1:
         raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, at least one")
     first = runs[0]
-    path = _report_dir(splits) / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if {run.source for run in runs} != {splits.source}:
+        raise ValueError(f"the runs were trained on {first.source}, but splits are {splits.source}")
     content = {
         "name": name,
         "notebook": notebook,
@@ -1498,15 +1771,45 @@ def record(
         "published_epochs": published_epochs,
     }
     new = {run.seed: run.recorded or _seed_entry(run, splits, tta) for run in runs}
-    (ROOT / "build").mkdir(exist_ok=True)
-    with filelock.FileLock(ROOT / "build" / ".records.lock"):
+    path = _report_dir(splits) / "results" / f"{name}.json"
+    return _once(lambda: _add_seeds(path, content, new, first.identity))
+
+
+def _add_seeds(path: Path, content: dict, new: dict[int, dict], identity: str) -> dict:
+    """Write a record of the new seeds and of those that are in the file already, if they are the same variant's."""
+    with _files_lock():
         if path.exists():
-            for entry in json.loads(path.read_text())["seeds"]:
-                if entry["fingerprint"] == _fingerprint(first.identity, entry["seed"]):
+            for entry in _read_record(path)["seeds"]:
+                if entry["fingerprint"] == _fingerprint(identity, entry["seed"]):
                     new.setdefault(entry["seed"], entry)
         content["seeds"] = [new[seed] for seed in sorted(new)]
         _write_json(path, content)
     return content
+
+
+def _read_record(path: Path) -> dict:
+    """Return a record.
+
+    Raises:
+        ValueError: the file holds something else, or is larger than any record.
+    """
+    try:
+        if path.stat().st_size > 64 << 20:
+            raise ValueError("larger than 64 MiB")
+        content = json.loads(path.read_text())
+        for entry in content["seeds"]:
+            _check_number("seed", entry["seed"], 0, kind=int)
+            History(**entry["history"])
+            entry["fingerprint"].encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no record ({error}); restore it, or delete it and record again") from error
+    return content
+
+
+def _files_lock() -> filelock.FileLock:
+    """Return the lock under which files outside the run store are written, by one process at a time."""
+    (ROOT / "build").mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(ROOT / "build" / ".records.lock")
 
 
 def _seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
@@ -1548,6 +1851,8 @@ def _report_dir(splits: Splits) -> Path:
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
     """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
+    if not records:
+        raise ValueError("records is empty; a table needs at least one")
     rows = []
     for content in records:
         columns = {
@@ -1573,6 +1878,8 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
 
 def percent(values: Sequence[float | None]) -> str:
     """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
+    if len(values) == 0:
+        raise ValueError("values is empty; it must hold at least one accuracy")
     if any(value is None for value in values):
         return "-"
     spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -1599,8 +1906,10 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, spli
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
     if save:
-        path = _report_dir(splits) / "figures" / f"{save}.png"
-        _write(path, buffer.getvalue())
+        _check_name("save", save)
+    if save and processes()[0] == 0:
+        with _files_lock():
+            _write(_report_dir(splits) / "figures" / f"{save}.png", buffer.getvalue())
     if not _in_notebook():
         return None
     from IPython.display import Image, display

@@ -492,3 +492,4 @@ def test_an_interrupted_download_is_not_trusted(official, mirror, tmp_path):
     (tmp_path / ".download.lock").touch()
     splits = utils.load_cifar10(tmp_path, sources=[mirror.url("good")])
     assert mirror.asked == ["good"] and torch.equal(splits.test.images, official.images[50_000:])
+    assert listing(tmp_path) == [FOLDER]  # nor is it kept

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -148,6 +149,46 @@ def test_seeds_accumulate(root, splits):
     assert record("tiny", [runs[2]], splits, notebook="01") == content == written(root)  # no seed twice
     record("other", [runs[0]], splits, notebook="01")
     assert len(written(root, "other")["seeds"]) == 1
+
+
+def test_seeds_recorded_at_the_same_time_are_all_kept(root, splits):
+    run = fit(Tiny, splits, recipe(epochs=1))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: record("tiny", [replace(run, seed=seed)], splits, notebook="01"), range(8)))
+    assert [entry["seed"] for entry in written(root)["seeds"]] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04\x95cos\nsystem\n",
+        b'{"seeds": [',
+        b"[" * 100_000,
+        b'{"seeds": [{"seed": 0, "fingerprint": "0", "history": {"__class__": "os.system"}}]}',
+        b'{"seeds": [{"seed": 1e999, "fingerprint": "0", "history": {}}]}',
+        b'{"seeds": [{"seed": 0, "fingerprint": 7, "history": {}}]}',
+        b'{"seeds": 3}',
+        b"{}",
+        b'{"seeds": [' + b"9" * 5000 + b"]}",
+        None,
+    ],
+    ids="empty pickle half deep class infinite fingerprint number other digits huge".split(),  # noqa: SIM905
+)
+def test_what_is_no_record_is_refused_and_left_alone(root, splits, monkeypatch, content):
+    run = fit(Tiny, splits, recipe(epochs=1))
+    for part in ("build", "report"):
+        path = root / part / "results" / "tiny.json"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content or b"")
+        if content is None:
+            os.truncate(path, 1 << 40)  # a file of 1 TiB that takes no space
+    with pytest.raises(ValueError, match=r"tiny\.json is no record"):
+        record("tiny", [run], splits, notebook="01")
+    monkeypatch.setenv("REUSE_RECORDS", "1")
+    with pytest.raises(ValueError, match=r"tiny\.json is no record"):
+        fit(Tiny, splits, recipe(epochs=2))
+    assert content is None or path.read_bytes() == content
 
 
 def test_another_variant_replaces_the_seeds(root, splits):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -420,14 +421,21 @@ def script(tmp_path):
     return path
 
 
+def written(store: Path) -> set[int]:
+    """When the checkpoints were written; empty while one is being replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        return {path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")}
+    return set()
+
+
 @contextlib.contextmanager
 def running(script: Path, store: Path):
     """Start the script, yield its process after the next checkpoint, and kill it at the end."""
-    before = [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")]
+    before = written(store)
     environment = {"PYTHONPATH": str(Path(my_utils.__file__).parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen([sys.executable, script], env=os.environ | environment, stderr=subprocess.PIPE) as process:
         try:
-            while [path.stat().st_mtime_ns for path in store.glob("**/checkpoint.pt")] == before:
+            while written(store) in (before, set()):
                 assert process.poll() is None, process.stderr.read().decode()
                 time.sleep(0.005)
             yield process
@@ -487,7 +495,36 @@ def saved(content) -> bytes:
     return buffer.getvalue()
 
 
+def flipped(good: bytes, share: float) -> bytes:
+    """Flip one bit, so far into the bytes."""
+    bad = bytearray(good)
+    bad[int(share * len(good))] ^= 16
+    return bytes(bad)
+
+
+def flipped_inside(good: bytes) -> bytes:
+    """Flip one bit of the largest tensor in a checkpoint."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda item: item.file_size))
+    return good.replace(tensor, flipped(tensor, 0.5))
+
+
+def bomb(good: bytes) -> bytes:
+    """The same archive, whose first tensor unpacks to 1 GiB of zeros."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for item in source.infolist():
+            if item.filename.endswith("data/0"):
+                with target.open(item.filename, "w") as file:
+                    for _ in range(1024):
+                        file.write(bytes(1 << 20))
+            else:
+                target.writestr(item.filename, source.read(item))
+    return buffer.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("before", [False, True], ids=["alone", "with the one before"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -503,20 +540,129 @@ def saved(content) -> bytes:
         lambda good, mark: saved({"model": Payload(mark)}),
         lambda good, mark: saved({"weights": torch.zeros(3)}),
         lambda good, mark: saved([1, 2, 3]),
+        lambda good, mark: flipped_inside(good),
+        lambda good, mark: bomb(good),
     ],
-    ids=["half", "short", "start", "empty", "zeros", "text", "random", "pickle", "pickle2", "archive", "other", "list"],
+    ids=[
+        *(
+            "half",
+            "short",
+            "start",
+            "empty",
+            "zeros",
+            "text",
+            "random",
+            "pickle",
+            "pickle2",
+            "archive",
+            "other",
+            "list",
+        ),
+        *("flip", "bomb"),
+    ],
 )
-def test_a_damaged_checkpoint_is_named_and_never_run(splits, store, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_never_run(splits, store, tmp_path, capsys, damage, before):
     reference = fit(Tiny, splits, recipe())
     [checkpoint] = store.glob("**/checkpoint.pt")
     checkpoint.with_name("run.json").unlink()  # as if it had been stopped before its end
     mark = tmp_path / "mark"
     checkpoint.write_bytes(damage(checkpoint.read_bytes(), mark))
+    if before:
+        capsys.readouterr()
+        assert_same(fit(Tiny, splits, recipe()), reference)
+        printed = capsys.readouterr().out
+        assert f"{checkpoint} is damaged, so the one before is used" in printed
+        assert "going on after epoch 1 of 2" in printed and not mark.exists()
+        return
+    checkpoint.with_name("checkpoint.previous.pt").unlink()
     with pytest.raises(RuntimeError, match="test/tiny, seed 0, is damaged") as caught:
         fit(Tiny, splits, recipe())
     assert f"Delete {checkpoint} to train this run again from the start" in str(caught.value)
     assert not mark.exists()
     checkpoint.unlink()
+    assert_same(fit(Tiny, splits, recipe()), reference)
+
+
+def test_every_flipped_bit_is_harmless_or_refused(splits, store):
+    """The checksums of the archive cover all that is read, for checkpoints of any age."""
+    fit(Tiny, splits, recipe())
+    [checkpoint] = store.glob("**/checkpoint.pt")
+    good, cpu = checkpoint.read_bytes(), torch.device("cpu")
+    expected, places, refused = saved(my_utils._open_checkpoint(good, cpu)), random.Random(0), 0
+    for _ in range(100):
+        bad = flipped(good, places.random())
+        try:
+            found = my_utils._open_checkpoint(bad, cpu)
+        except Exception:
+            refused += 1
+        else:
+            assert saved(found) == expected
+    assert refused > 50  # the others fell between the parts of the archive
+
+
+def test_a_checkpoint_that_declares_too_much_takes_no_memory(splits, store):
+    fit(Tiny, splits, recipe())
+    [checkpoint] = store.glob("**/checkpoint.pt")
+    with pytest.raises(ValueError, match="declares more than it holds"):
+        my_utils._open_checkpoint(bomb(checkpoint.read_bytes()), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("run.json", lambda good: good[: len(good) // 2]),
+        ("run.json", lambda good: b""),
+        ("run.json", lambda good: b'{"history": {"__class__": "os.system"}}'),
+        ("weights.safetensors", lambda good: flipped(good, 0.7)),
+        ("weights.safetensors", lambda good: good[:-9]),
+        ("weights.safetensors", lambda good: (1 << 60).to_bytes(8, "little") + good[8:]),  # a header without an end
+    ],
+)
+def test_a_damaged_finished_run_is_made_again_from_its_checkpoint(splits, store, name, damage):
+    reference = fit(Tiny, splits, recipe())
+    [path] = store.glob(f"**/{name}")
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    with each_forward() as calls, pytest.warns(UserWarning, match="holds a damaged run"):
+        assert_same(fit(Tiny, splits, recipe()), reference)
+    assert calls == []  # nothing was trained
+    with each_forward() as calls:
+        assert_same(fit(Tiny, splits, recipe()), reference)
+    assert path.read_bytes() == good
+
+
+def test_a_run_finished_before_weights_had_a_digest_is_loaded(splits, store):
+    reference = fit(Tiny, splits, recipe())
+    [path] = store.glob("**/run.json")
+    stored = json.loads(path.read_text())
+    del stored["weights_sha256"]
+    path.write_text(json.dumps(stored))
+    with each_forward() as calls:
+        assert_same(fit(Tiny, splits, recipe()), reference)
+        weights = path.with_name("weights.safetensors")
+        weights.write_bytes((1 << 60).to_bytes(8, "little") + weights.read_bytes()[8:])  # a header without an end
+        with pytest.warns(UserWarning, match="holds a damaged run"):
+            assert_same(fit(Tiny, splits, recipe()), reference)
+    assert calls == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_read_only_folder_leaves_the_checkpoint_before(splits, store, monkeypatch, number):
+    reference = fit(Tiny, splits, recipe())
+    monkeypatch.setenv("RUNS_DIR", str(store / "locked"))
+    calls = []
+
+    def locked(path, mode):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    monkeypatch.setattr(my_utils, "open", locked, raising=False)
+    with pytest.raises(OSError, match=r"cannot write checkpoint.pt.* make the folder writable, .*RUNS_DIR"):
+        fit(Tiny, splits, recipe())
+    [checkpoint] = (store / "locked").glob("**/checkpoint*.pt")
+    assert len(torch.load(checkpoint, weights_only=True)["history"]["seconds"]) == 1
     assert_same(fit(Tiny, splits, recipe()), reference)
 
 
@@ -532,7 +678,7 @@ def test_nothing_is_unpickled_blindly():
         for node in ast.walk(ast.parse(Path(my_utils.__file__).read_text()))
         if isinstance(node, ast.Call)
     ]
-    loads = [keywords for name, keywords in calls if name.endswith("torch.load")]
+    loads = [keywords for name, keywords in calls if name == "torch.load"]
     assert loads and all(keywords.get("weights_only") == "True" for keywords in loads)
     assert not {name for name, _ in calls} & {"pickle.load", "pickle.loads", "np.load", "load", "eval", "exec"}
 
