@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import pytest
+import torch
 
 import my_utils as utils
 
@@ -30,3 +31,11 @@ def root(tmp_path, monkeypatch, store):
     """A project folder, with its empty run store."""
     monkeypatch.setattr(utils, "ROOT", tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def seeded():
+    """The same random numbers whenever the test runs; those of other tests do not move."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

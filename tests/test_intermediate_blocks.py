@@ -8,17 +8,12 @@ from torch.nn import functional as F
 
 import my_utils as utils
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 
 @pytest.fixture(scope="module")
 def models():
     return utils.models_of("02_intermediate_blocks")
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def images(channels: int, side: int = 8, count: int = 3) -> torch.Tensor:
@@ -160,16 +155,17 @@ def gate_count(channels, experts):
 
 
 def s0_count():
-    stem = sum(conv_count(i, o) + 2 * o for i, o in [(3, 64), (64, 128), (128, 128)])
+    widths = [24, 64, 64, 256, 256, 256]
+    stem = 24 * 12 + 24 + sum(conv_count(i, o) + 2 * o for i, o in itertools.pairwise(widths))
     blocks = 0
-    for i, o in [(128, 128), (128, 192), (192, 256)]:
+    for i, o in [(256, 128), (128, 128), (128, 128)]:
         se = 4 * (o * (o // 8) + o // 8 + (o // 8) * o + o)
         blocks += i * 4 + 4 + 4 * conv_count(i, o) + 2 * 4 * o + se + conv_count(i, o, 1) + 2 * o
-    return stem + blocks + 256 * 10 + 10
+    return stem + blocks + 128 * 10 + 10
 
 
 def s1_count():
-    plan = [(32, 48, 4), (48, 96, 4), (96, 96, 4), (96, 128, 2), (128, 256, 2)]
+    plan = [(32, 64, 4), (64, 96, 4), (96, 192, 2), (192, 256, 2)]
     blocks = sum(gate_count(i, k) + k * conv_count(i, o) + 2 * o for i, o, k in plan)
     return conv_count(3, 32) + 2 * 32 + blocks + 256 * 10 + 10
 
@@ -211,14 +207,32 @@ def basic_count():
     ],
 )
 def test_network(models, name, count):
-    network = getattr(models, name)()
+    filters = torch.randn(24, 12)
+    network = models.S0(filters) if name == "S0" else getattr(models, name)()
     assert sum(p.numel() for p in network.parameters()) == count
     logits = network(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)
     logits.square().sum().backward()
     # A softmax over a single convolution is constant: S3's first gate is the only part that cannot learn.
     idle = {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
-    assert all(n.startswith("blocks.0.gate") for n in idle) if name == "S3" else not idle
+    if name == "S3":
+        assert all(n.startswith("blocks.0.gate") for n in idle)
+    else:
+        assert idle == ({"stem.0.0.weight"} if name == "S0" else set())
+    if name == "S0":
+        assert torch.equal(network.stem[0][0].weight.flatten(1), filters)
+
+
+def test_whitening(models, synthetic_splits):
+    filters = models.whitening_filters(synthetic_splits.train, count=200, eps=0.0).double()
+    images = next(utils.batches(synthetic_splits.train.head(200), 200))[0].double()
+    patches = images.unfold(2, 2, 1).unfold(3, 2, 1)  # [N, 3, 31, 31, 2, 2]
+    outputs = torch.einsum("kcij,nchwij->knhw", filters.view(24, 3, 2, 2), patches).flatten(1)  # [24, N 31 31]
+    covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    torch.testing.assert_close(covariance, torch.eye(12, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert torch.equal(filters[12:], -filters[:12])
+    layer = models.Whitening(filters.float())
+    torch.testing.assert_close(layer(images.float()).double()[0, :, 0, 0], outputs[:, 0].relu(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "linear", "sigmoid", "annealed", "uniform"])

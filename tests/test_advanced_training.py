@@ -1,0 +1,116 @@
+"""The models of notebook 03: parameter counts by hand, and each part against a slow, obvious reference."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import my_utils as utils
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return utils.models_of("03_advanced_training")
+
+
+def gate_count(channels, experts):
+    hidden = max(4, channels // 4)
+    return channels * hidden + hidden + hidden * experts + experts
+
+
+def mixture_count(i, o):
+    return gate_count(i, 2) + 9 * i * o + i * o
+
+
+def block_count(i, o, depth=1, norm=False, se=False):
+    layer = mixture_count(o, o) + 2 * o * norm + se * (o * (o // 8) + o // 8 + (o // 8) * o + o)
+    return 9 * i * o + 2 * o * norm + depth * layer
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"norm": True, "se": True},
+        {"norm": True, "dropout": 0.1, "drop_path": 0.1},
+        {"widths": (64, 256, 256), "norm": True, "depth": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whitened", [False, True])
+def test_network(models, switches, whitened):
+    filters = torch.randn(24, 12) if whitened else None
+    network = models.ExpertNet(filters=filters, **switches)
+    widths = switches.get("widths", (24, 64, 96))
+    counted = {name: value for name, value in switches.items() if name in ("depth", "norm", "se")}
+    blocks = sum(block_count(i, o, **counted) for i, o in itertools.pairwise((24, *widths)))
+    first = 24 * 12 + 24 if whitened else 24 * 27
+    assert sum(p.numel() for p in network.parameters()) == first + blocks + widths[-1] * 10 + 10
+    logits = network(torch.randn(4, 3, 32, 32))
+    assert logits.shape == (4, 10)
+    logits.square().sum().backward()
+    idle = {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert idle == ({"first.0.weight"} if whitened else set())
+    if whitened:
+        assert torch.equal(network.first[0].weight.flatten(1), filters)
+
+
+def test_mixture_equals_the_formula(models):
+    mixture, x = models.Mixture(5, 7).double(), torch.randn(3, 5, 6, 6, dtype=torch.float64)
+    gate = mixture.gate
+    for image, mixed in zip(x, mixture(x), strict=True):
+        z = gate.expand.weight @ (gate.reduce.weight @ image.mean((1, 2)) + gate.reduce.bias).clamp(min=0)
+        a = (z + gate.expand.bias).exp() / (z + gate.expand.bias).exp().sum()
+        wide = nn.functional.conv2d(image[None], mixture.convs[0].bank.view(7, 5, 3, 3), padding=1)[0]
+        cheap = torch.einsum("oc,chw->ohw", mixture.convs[1].bank, image)
+        torch.testing.assert_close(mixed, a[0] * wide + a[1] * cheap)
+
+
+def test_squeeze_and_excitation(models):
+    se, x = models.SE(16).double(), torch.randn(3, 16, 4, 4, dtype=torch.float64)
+    for image, scaled in zip(x, se(x), strict=True):
+        hidden = (se.reduce.weight @ image.mean((1, 2)) + se.reduce.bias).clamp(min=0)
+        scale = 1 / (1 + (-(se.expand.weight @ hidden + se.expand.bias)).exp())
+        torch.testing.assert_close(scaled, scale[:, None, None] * image)
+
+
+def test_stochastic_depth_keeps_the_expectation(models):
+    layer = models.StochasticDepth(nn.Identity(), p=0.25)
+    y = layer(torch.ones(100_000, 1, 1, 1))
+    torch.testing.assert_close(y.unique(), torch.tensor([1, 1 + 1 / 0.75]))
+    assert y.mean().item() == pytest.approx(2, abs=0.02)
+    assert torch.equal(layer.eval()(torch.ones(2, 1, 1, 1)), torch.full((2, 1, 1, 1), 2.0))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_switches_are_off_until_switched_on(models, norm):
+    kinds = {type(module).__name__ for module in models.Block(8, 16, norm=norm).modules()}
+    assert ("BatchNorm2d" in kinds) == norm
+    assert not kinds & {"SE", "Dropout2d", "StochasticDepth"}
+
+
+def test_one_argument_restores_the_basic_block(models):
+    basic, x = models.BasicMixture(5, 7, num_experts=3).double(), torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        basic.gate.linear.weight.normal_()
+    for image, mixed in zip(x, basic(x), strict=True):
+        a = basic.gate.linear.weight @ image.mean((1, 2)) + basic.gate.linear.bias
+        outputs = [
+            nn.functional.conv2d(image[None], conv.bank.view(7, 5, 3, 3), conv.bias, padding=1)[0]
+            for conv in basic.convs
+        ]
+        torch.testing.assert_close(mixed, sum(weight * y for weight, y in zip(a, outputs, strict=True)))
+    network = models.ExpertNet(mixture=models.BasicMixture)
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
+
+
+def test_s4_final_has_a_norm_in_each_block_and_dropout_before_the_classifier(models):
+    network = models.S4Final()
+    for block in network.blocks:
+        assert [type(module).__name__ for module in block.pool][-1] == "BatchNorm2d"
+    assert isinstance(network.head[2], nn.Dropout) and network.head[2].p == 0.1
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
