@@ -644,8 +644,8 @@ class Augmentation:
     brightness, contrast, saturation: factors from 1 - value to 1 + value
     cutout: side in pixels of a square set to the mean colour (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552)
 
-    These few lines and not kornia: for crop and flip kornia 0.9.0 made 28,700 images per second of one CPU core, these
-    lines 61,500 (`python tests/benchmark.py` repeats the comparison where kornia is installed).
+    These few lines and not kornia, which is slower on a CPU: `python tests/benchmark.py` measures both where kornia is
+    installed.
     """
 
     crop: int = 0

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Tiny, each_forward, recipe
+from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 
 import my_utils
@@ -39,15 +39,6 @@ def load(path: Path):
 
 def folders(store: Path) -> set[str]:
     return {str(path.parent.relative_to(store)) for path in store.glob("**/checkpoint.pt")}
-
-
-def assert_same(one, other):
-    """Check that two runs ended with the same bits and logged the same values; only the times may differ."""
-    weights, others = one.model.state_dict(), other.model.state_dict()
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, others[name]), name
-    assert asdict(one.history) | {"seconds": []} == asdict(other.history) | {"seconds": []}
 
 
 # --- The same run is loaded, another one is trained ---

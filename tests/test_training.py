@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import Tiny, each_forward, recipe
+from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,15 +34,6 @@ def first_weights(build_model, seed=0):
 def checkpoint_of(store):
     [path] = store.glob("**/checkpoint.pt")
     return torch.load(path, weights_only=True)
-
-
-def assert_same(one, other):
-    """Check that two runs ended with the same bits and logged the same values; only the times may differ."""
-    weights, others = one.model.state_dict(), other.model.state_dict()
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, others[name]), name
-    assert asdict(one.history) | {"seconds": []} == asdict(other.history) | {"seconds": []}
 
 
 # --- Recipe ---

@@ -1,7 +1,9 @@
 """What the tests of the shared parts train: a network and a recipe so small that an epoch takes milliseconds."""
 
 import contextlib
+from dataclasses import asdict
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
@@ -47,3 +49,12 @@ def each_forward(act=lambda call, model, logits: None, training=True, kind=Tiny)
         yield calls
     finally:
         handle.remove()
+
+
+def assert_same(one, other):
+    """Check that two runs ended with the same bits and logged the same values; only the times may differ."""
+    weights, others = one.model.state_dict(), other.model.state_dict()
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+    assert asdict(one.history) | {"seconds": []} == asdict(other.history) | {"seconds": []}
