@@ -10,6 +10,7 @@ import torch
 from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import my_utils
 from my_utils import Augmentation, Recipe, batches, build_optimizers, build_scheduler, evaluate, pick_precision
@@ -137,7 +138,33 @@ def test_muon_takes_the_matrices_and_the_second_optimizer_the_rest(settings):
     found = options_of(model, optimizers)
     assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        assert found[name][0] is (torch.optim.Muon if parameter.ndim == 2 else torch.optim.AdamW), name
+        assert found[name][0] is (my_utils.Muon if parameter.ndim == 2 else torch.optim.AdamW), name
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32, torch.float16])
+def test_muon_steps_as_torchs_does_in_the_number_type_that_is_fast(monkeypatch, seeded, fast):
+    monkeypatch.setattr(my_utils, "pick_precision", lambda device: fast)
+    first, gradients = torch.randn(6, 20), torch.randn(3, 6, 20)
+    weights, multiplied = {}, set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                multiplied.add(args[-1].dtype)
+            return function(*args, **(kwargs or {}))
+
+    for kind in (torch.optim.Muon, my_utils.Muon):
+        weights[kind] = nn.Parameter(first.clone())
+        optimizer = kind([weights[kind]], lr=0.1, weight_decay=0.1)
+        multiplied.clear()
+        for gradient in gradients:
+            weights[kind].grad = gradient.clone()
+            with Look():
+                optimizer.step()
+            assert torch.equal(weights[kind].grad, gradient)
+    assert multiplied == {torch.bfloat16 if fast == torch.bfloat16 else torch.float32}
+    torch.testing.assert_close(weights[my_utils.Muon], weights[torch.optim.Muon], rtol=0, atol=0.01)
+    assert (weights[my_utils.Muon] - first).abs().max() > 0.1
 
 
 def test_another_optimizer_brings_its_own_arguments():
