@@ -155,10 +155,10 @@ def gate_count(channels, experts):
 
 
 def s0_count():
-    widths = [24, 64, 64, 256, 256, 256]
+    widths = [24, 96, 96, 320, 320, 320]
     stem = 24 * 12 + 24 + sum(conv_count(i, o) + 2 * o for i, o in itertools.pairwise(widths))
     blocks = 0
-    for i, o in [(256, 128), (128, 128), (128, 128)]:
+    for i, o in [(320, 128), (128, 128), (128, 128)]:
         se = 4 * (o * (o // 8) + o // 8 + (o // 8) * o + o)
         blocks += i * 4 + 4 + 4 * conv_count(i, o) + 2 * 4 * o + se + conv_count(i, o, 1) + 2 * o
     return stem + blocks + 128 * 10 + 10

@@ -303,7 +303,7 @@ def test_colab_fetches_the_file(run, tmp_path, stand_in, address):
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith(found(here))
     assert "UPLOAD" not in result.stdout
-    assert (here / "my_utils.py").read_text() == stand_in.read_text()
+    assert (here / "my_utils.py").read_text(encoding="utf-8") == stand_in.read_text(encoding="utf-8")
 
 
 def test_failed_fetch_leaves_nothing(run, tmp_path, address):

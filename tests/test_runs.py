@@ -666,7 +666,7 @@ def test_the_payload_is_a_real_one(tmp_path):
 def test_nothing_is_unpickled_blindly():
     calls = [
         (ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
-        for node in ast.walk(ast.parse(Path(my_utils.__file__).read_text()))
+        for node in ast.walk(ast.parse(Path(my_utils.__file__).read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
     ]
     loads = [keywords for name, keywords in calls if name == "torch.load"]
