@@ -37,7 +37,7 @@ import time
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -87,7 +87,7 @@ def by_size(*, smoke, quick, full):
 def seeds() -> range:
     """Return the seeds of a headline run: 0 .. SEEDS - 1, with the environment variable SEEDS (default 1)."""
     text = os.environ.get("SEEDS") or "1"
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"SEEDS is {text!r}; it may be a whole number from 1 up")
     return range(1) if run_size() == "smoke" else range(int(text))
 
@@ -218,6 +218,8 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
         FileNotFoundError: the notebook is nowhere.
         OSError: it cannot be fetched.
     """
+    if not re.fullmatch(r"[\w .-]*\w", str(notebook)):
+        raise ValueError(f"notebook is {notebook!r}; it must be the name of a notebook, without folder and .ipynb")
     name = f"{notebook}.ipynb"
     path = next((path for path in (ROOT / "notebooks" / name, ROOT / name) if path.exists()), None)
     if path is None and not repository:
@@ -228,9 +230,12 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
         path = ROOT / name
         with _files_lock():
             _write(path, answer.content)
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["import my_utils as utils", f"REPOSITORY = {repository!r}"]  # which the set-up cell defines
-    sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is no notebook ({error!r}); delete it, or put the right one there") from error
     module_path = ROOT / "build" / f"{MODELS}{notebook}.py"  # a file, so that the fingerprint finds the source
     with _files_lock():
         _write(module_path, "\n\n\n".join(sources).encode())
@@ -400,6 +405,11 @@ class Splits:
     source: str
     classes: tuple[str, ...] = CIFAR10_CLASSES
 
+    def __post_init__(self):
+        parts = [self.train, self.test] if self.val is None else [self.train, self.val, self.test]
+        if not all(isinstance(part, Split) for part in parts):
+            raise TypeError(f"train, val and test are {[type(part).__name__ for part in parts]}; they must be Split")
+
     def head(self, train: int | None = None, val: int | None = None, test: int | None = None) -> Splits:
         """Return the splits cut to so many images each, all classes equally often; None keeps all."""
         val_split = self.val and self.val.head(val)
@@ -441,6 +451,7 @@ def load_cifar10(
             or nothing could be reached and `synthetic` is False.
     """
     processes()  # from here on, of several only one prints; whichever comes first downloads, under a lock
+    _one_of("synthetic", synthetic, (None, True, False))
     if synthetic is None and run_size() == "smoke":
         synthetic = True
     if synthetic:
@@ -528,7 +539,7 @@ def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
                 if left.name != Path(part).name:  # by a killed process, for the lock is ours
                     shutil.rmtree(left)
             for source in sources:
-                host = source.split("/")[2]
+                host = source.split("://")[-1].split("/")[0]
                 print(f"CIFAR-10: trying {host} ({ARCHIVE_BYTES / 1e6:.0f} MB)", flush=True)
                 try:
                     pooch.get_logger().setLevel("WARNING")  # its notes name folders that are gone a moment later
@@ -600,6 +611,7 @@ def draw_synthetic(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
         images: uint8 [count, 3, 32, 32]; labels: int64 [count], each class equally often in every run of ten
     """
     _check_number("count", count, 1, kind=int)
+    _check_number("seed", seed, 0, kind=int)
     random = np.random.default_rng(seed)
     images = np.empty((count, 3, 32, 32), dtype=np.uint8)
     v, u = np.mgrid[0:32, 0:32].astype(np.float32)
@@ -690,6 +702,8 @@ class Augmentation:
 
         `mean`, [1, 3, 1, 1], is the colour that cutout fills in.
         """
+        if not images.is_floating_point() or images.shape[1:] != (3, 32, 32):
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be float [N, 3, 32, 32]")
         column = {name: value.view(-1, 1, 1, 1) for name, value in draws.items() if value.ndim == 1}
         if "brightness" in draws:
             images = (images * column["brightness"]).clamp(0, 1)
@@ -722,9 +736,11 @@ def _grey(images: Tensor) -> Tensor:
     return (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def _generator(*key) -> torch.Generator:
-    """Return a random generator that depends on the key alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+def _generator(seed: int, epoch: int, *key) -> torch.Generator:
+    """Return a random generator that depends on the arguments alone."""
+    _check_number("seed", seed, 0, kind=int)
+    _check_number("epoch", epoch, 0, kind=int)
+    digest = hashlib.sha256(repr((seed, epoch, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -745,6 +761,8 @@ def batches(
     part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """
     _check_number("batch_size", batch_size, 1, kind=int)
+    _check_number("part[1]", part[1], 1, kind=int)
+    _check_number("part[0]", part[0], 0, part[1] - 1, int)
     if augmentation is not None and seed is None:
         raise ValueError("seed is None; augmented batches need a number")
     count, device = len(split), split.images.device
@@ -767,6 +785,7 @@ def batches(
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
     """Return the number of shuffled batches that `count` images make."""
+    _check_number("batch_size", batch_size, 1, kind=int)
     return max(1, count // batch_size)
 
 
@@ -1178,7 +1197,7 @@ class _Trainer:
         for step, (images, labels) in enumerate(batches(self.train_split, recipe.batch_size, part=part, **settings)):
             images = images.contiguous(memory_format=self.layout)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.parallel(images)
+                logits = _logits(self.parallel(images), len(labels))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             # Gradients are averaged over the processes; weighted so, the average is the gradient of the whole batch.
             loss = loss * (len(labels) * self.count / self.batch)
@@ -1337,6 +1356,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _logits(found, count: int) -> Tensor:
+    """Return what a model returned for `count` images, after a look at its shape."""
+    if (shape := list(getattr(found, "shape", [type(found).__name__]))) != [count, 10]:
+        raise ValueError(f"the model's logits are {shape} for {count} images; they must be [N, 10]")
+    return found
 
 
 def count_flops(model: nn.Module) -> int:
@@ -1681,7 +1707,7 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
             f"logits are {list(logits.shape)}, labels {list(labels.shape)}; they must be [N, 10] and [N], N > 0"
         )
     if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) <= 9:
-        raise ValueError(f"labels are {labels.dtype}, {labels.min()} to {labels.max()}; they must be int64, 0 to 9")
+        raise ValueError(f"labels are {labels.dtype}, {labels.min()} to {labels.max()}; they must be torch.int64, 0-9")
     if not torch.isfinite(logits).all():
         raise ValueError("logits hold values that are not finite; the model is broken, or its input is")
     logits, labels = logits.float().cpu(), labels.cpu()
@@ -1713,6 +1739,8 @@ def predict(
     for the image moved by one pixel up left and down right, with half of the weight on the unmoved one
     (Jordan, 2024, https://arxiv.org/abs/2404.00498).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}; it must be an nn.Module (a Run has none where a record stood in for it)")
     _one_of("tta", tta, TTA)
     _check_number("batch_size", batch_size, 1, kind=int)
     device = next(model.parameters(), torch.zeros(())).device
@@ -1721,7 +1749,7 @@ def predict(
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images.contiguous(memory_format=layout)).float()
+            logits = _logits(model(images.contiguous(memory_format=layout)), len(images)).float()
             return logits if tta == "none" else (logits + model(images.flip(3)).float()) / 2
 
     found = []
@@ -1766,8 +1794,9 @@ def record(
     """
     _one_of("system", system, (None, "S0", "S1", "S2", "S3", "S4"))
     _check_name("name", name)
-    if published_top1 is not None:
-        _check_number("published_top1", published_top1, 0, 1)
+    for what, value, high in (("top1", published_top1, 1), ("epochs", published_epochs, 100_000)):
+        if value is not None:
+            _check_number(f"published_{what}", value, 0, high)
     if not runs or len({run.identity for run in runs}) != 1:
         raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, at least one")
     first = runs[0]
@@ -1789,7 +1818,7 @@ def record(
         "published_epochs": published_epochs,
     }
     new = {run.seed: run.recorded or _seed_entry(run, splits, tta) for run in runs}
-    path = _report_dir(splits) / "results" / f"{name}.json"
+    path = _report_dir(splits.source) / "results" / f"{name}.json"
     return _once(lambda: _add_seeds(path, content, new, first.identity))
 
 
@@ -1862,15 +1891,15 @@ def _thin(history: History) -> dict:
     return content
 
 
-def _report_dir(splits: Splits) -> Path:
-    committed = os.environ.get("RECORD") == "1" and run_size() == "full" and splits.source == "cifar10"
+def _report_dir(source: str) -> Path:
+    committed = os.environ.get("RECORD") == "1" and run_size() == "full" and source == "cifar10"
     return ROOT / ("report" if committed else "build")
 
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
     """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
-    if not records:
-        raise ValueError("records is empty; a table needs at least one")
+    if not records or isinstance(records, Mapping):
+        raise ValueError(f"records is {'a dict' if records else 'empty'}; a table needs a list of at least one")
     rows = []
     for content in records:
         columns = {
@@ -1916,18 +1945,26 @@ def _flag(splits: Splits) -> str:
     return "" if splits.source == "cifar10" else " (synthetic data)"
 
 
-def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, splits: Splits | None = None):
+def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs: Iterable[Run] = ()):
     """Show a figure in the notebook as PNG with an alternative text, and return the handle to update it in place.
 
-    `save`, with `splits`, also writes it as figures/<save>.png beside the records (see `record`).
+    `save` also writes it as figures/<save>.png beside the records (see `record`). `runs` are the trainings that it
+    shows; their fingerprints stand in the file's metadata, so that one can tell whether it fits the records.
+
+    Raises:
+        ValueError: a figure to be saved names no runs, or runs on different data.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Description": alt})
+    runs, metadata = list(runs), {"Description": alt}
     if save:
         _check_name("save", save)
+        if len({run.source for run in runs}) != 1:
+            raise ValueError(f"runs are {[run.name for run in runs]}; a figure to be saved shows runs on one data set")
+        metadata["Fingerprints"] = " ".join(run.fingerprint for run in runs)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
     if save and processes()[0] == 0:
         with _files_lock():
-            _write(_report_dir(splits) / "figures" / f"{save}.png", buffer.getvalue())
+            _write(_report_dir(runs[0].source) / "figures" / f"{save}.png", buffer.getvalue())
     if not _in_notebook():
         return None
     from IPython.display import Image, display
@@ -1975,7 +2012,10 @@ def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
     axes = figure.subplots()
     scale = 100 if curve.endswith("top1") else 1
     for colour, (label, content) in zip(sns.color_palette("colorblind", len(records)), records.items(), strict=True):
-        values = scale * np.array([entry["history"][curve] for entry in content["seeds"]])
+        curves = [entry["history"][curve] for entry in content["seeds"]]
+        if len(lengths := {len(values) for values in curves}) != 1 or 0 in lengths:
+            raise ValueError(f"{curve} of {label} has {sorted(lengths)} values; each seed must have as many, and some")
+        values = scale * np.array(curves)
         epochs = range(1, values.shape[1] + 1)
         axes.plot(
             epochs,
@@ -1994,6 +2034,7 @@ def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
 
 
 def _image_grid(rows: int, columns: int, side: float = 0.9):
+    _check_number("the number of pictures", rows * columns, 1, 1000, int)
     figure = Figure(figsize=(columns * side, rows * side), layout="constrained")
     grid = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
     for axes in grid.flat:
@@ -2017,6 +2058,7 @@ def plot_augmentation(
     split: Split, augmentation: Augmentation, title: str = "", count: int = 6, epochs: int = 7
 ) -> Figure:
     """Return a montage: each row an image as it is, then as it is drawn in several epochs."""
+    count = min(count, len(split))
     figure, grid = _image_grid(count, epochs + 1)
     images = split.images[:count].float() / 255
     mean = torch.tensor(split.mean).view(1, 3, 1, 1)
@@ -2032,6 +2074,9 @@ def plot_augmentation(
 def plot_confusion(confusion, classes: Sequence[str], title: str = "") -> Figure:
     """Return a heat map of a confusion matrix [10, 10]: per cent of each true class (rows) per answer (columns)."""
     confusion = np.asarray(confusion, dtype=float)
+    if confusion.shape != (10, 10) or len(classes) != 10 or not ((confusion >= 0) & (confusion < math.inf)).all():
+        what = f"confusion is {list(confusion.shape)} for {len(classes)} classes"
+        raise ValueError(f"{what}; it must be finite counts [10, 10] for ten classes")
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axes = figure.subplots()
     shares = 100 * confusion / confusion.sum(1, keepdims=True).clip(min=1)
@@ -2046,6 +2091,8 @@ def plot_mistakes(
     evaluation: Evaluation, split: Split, classes: Sequence[str], count: int = 10, title: str = ""
 ) -> Figure:
     """Return the wrong answers that the model was most confident of, most confident first."""
+    if not torch.equal(evaluation.labels, split.labels[: len(evaluation.labels)].cpu()):
+        raise ValueError("evaluation has other labels than the split; it must be this split's evaluation")
     confidence, answer = evaluation.logits.softmax(1).max(1)
     confidence[answer == evaluation.labels] = -1
     columns = 5

@@ -414,7 +414,7 @@ def build(root: Path) -> list[Path]:
 def check(root: Path, repository: str = REPOSITORY) -> list[str]:
     """Return what does not fit the committed records, a line each. No line, all is up to date.
 
-    Figures that need weights are written by the notebooks and name no record; they are not checked.
+    Figures that need weights are written by the notebooks; each must name trainings that the records hold.
     """
     report = root / "report"
     try:
@@ -430,6 +430,12 @@ def check(root: Path, repository: str = REPOSITORY) -> list[str]:
             with Image.open(found[name]) as image:
                 if image.info.get("Records") != _figure_digest(plot, records, published):
                     problems.append(f"report/figures/{name}.png: not built from the committed records")
+    recorded = {entry["fingerprint"] for content in records.values() for entry in content["seeds"]}
+    for name in sorted(found.keys() - PLOTS.keys()):
+        with Image.open(found[name]) as image:
+            shown = image.info.get("Fingerprints", "").split()
+        if not shown or not recorded.issuperset(shown):
+            problems.append(f"report/figures/{name}.png: shows trainings that are in no committed record")
     if not (report / "report.pdf").exists():
         problems.append("report/report.pdf: missing")
     elif PdfReader(report / "report.pdf").metadata.get("/Keywords") != _report_digest(report, records):

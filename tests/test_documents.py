@@ -113,6 +113,21 @@ def plain_figure(project):  # as a notebook writes it
     Image.new("RGB", (20, 10)).save(project / "report/figures/01_baseline_val.png")
 
 
+def description(text):
+    info = PngInfo()
+    info.add_text("Description", text)
+    return info
+
+
+def weights_figure(fingerprints):  # of weights, as a notebook writes it
+    def change(project):
+        info = description("Weights")
+        info.add_text("Fingerprints", fingerprints)
+        Image.new("RGB", (20, 10)).save(project / "report/figures/01_weights.png", pnginfo=info)
+
+    return change
+
+
 def edit(path, old, new):
     def change(project):
         text = (project / path).read_text(encoding="utf-8")
@@ -127,6 +142,7 @@ def move(path, to=None):
 
 
 FIGURES = "report/figures"
+RECORDED = BASELINE["seeds"][0]["fingerprint"]
 DRAWN = ["01_baseline_val.png", "01_baseline_confusion.png", "accuracy_cost.png"]
 
 
@@ -137,6 +153,9 @@ DRAWN = ["01_baseline_val.png", "01_baseline_confusion.png", "accuracy_cost.png"
         (add_record, ["accuracy_cost.png", "report.pdf", "README.md"]),
         (move(RESULT), [*DRAWN, "report.pdf", "README.md"]),
         (plain_figure, ["01_baseline_val.png", "report.pdf"]),
+        (weights_figure(RECORDED), ["report.pdf"]),
+        (weights_figure(f"{RECORDED} 0123456789abcdef"), ["01_weights.png", "report.pdf"]),
+        (weights_figure(""), ["01_weights.png", "report.pdf"]),
         (move(f"{FIGURES}/01_baseline_val.png"), ["01_baseline_val.png", "report.pdf"]),
         (
             move("report/figures/01_baseline_val.png", "report/figures/02_networks.png"),
@@ -258,12 +277,6 @@ def test_the_complete_report(project):
     assert "S0 (common recipe, longer, 30 epochs against 65)" in text  # 93 % beats 92 %
     assert "S0, common recipe (−7.00 points after 10 of 65 epochs)" in text
     assert "+0.30 ± 0.00" in text  # the steps of the ladder and the arms differ by the same in every seed
-
-
-def description(text):
-    info = PngInfo()
-    info.add_text("Description", text)
-    return info
 
 
 def test_a_figure_without_alternative_text_is_named(project):

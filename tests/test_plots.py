@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +60,11 @@ FIGURES = {
 }
 
 
+def stand_in(fingerprint="ab", source="synthetic"):
+    """What `show` looks at of a Run."""
+    return SimpleNamespace(name="a run", fingerprint=fingerprint, source=source)
+
+
 def title_of(figure):
     return figure.get_suptitle() or figure.axes[0].get_title()
 
@@ -68,13 +74,15 @@ def test_every_figure_is_titled_and_saved_with_an_alternative_text(root, splits,
     figure = FIGURES[name](splits)
     assert isinstance(figure, Figure)
     assert title_of(figure) == "a title"
-    assert show(figure, alt="What one sees, in words: 50 %", save="a-figure", splits=splits) is None
+    runs = [stand_in(fingerprint) for fingerprint in ("ab", "cd")]
+    assert show(figure, alt="What one sees, in words: 50 %", save="a-figure", runs=runs) is None
     path = root / "build" / "figures" / "a-figure.png"
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     with Image.open(path) as image:
         image.load()
         assert image.size == tuple(int(110 * side) for side in figure.get_size_inches())
         assert image.text["Description"] == "What one sees, in words: 50 %"
+        assert image.text["Fingerprints"] == "ab cd"
         assert len(image.getcolors(1 << 20)) > 10  # something is drawn
 
 
@@ -82,8 +90,15 @@ def test_every_figure_is_titled_and_saved_with_an_alternative_text(root, splits,
 def test_figures_lie_beside_the_records(root, splits, monkeypatch, source, part):
     monkeypatch.setenv("RUN_SIZE", "full")
     monkeypatch.setenv("RECORD", "1")
-    show(FIGURES["confusion"](splits), alt="A", save="a-figure", splits=replace(splits, source=source))
+    show(FIGURES["confusion"](splits), alt="A", save="a-figure", runs=[stand_in(source=source)])
     assert [path.relative_to(root).as_posix() for path in root.glob("*/figures/*")] == [f"{part}/figures/a-figure.png"]
+
+
+@pytest.mark.parametrize("runs", [[], [stand_in(), stand_in(source="cifar10")]])
+def test_a_saved_figure_names_runs_on_one_data_set(root, splits, runs):
+    with pytest.raises(ValueError, match=r"runs are \[.*\]; a figure to be saved shows runs on one data set"):
+        show(FIGURES["history"](splits), alt="A", save="a-figure", runs=runs)
+    assert list(root.iterdir()) == []
 
 
 def test_a_figure_that_is_not_saved_writes_nothing(root, splits):

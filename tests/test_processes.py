@@ -103,7 +103,7 @@ def main(folder: Path, what: str, rank: int) -> None:
         run = fit(Tiny, splits, settings, run="tiny", watch=True, probe=probe)
         results[name] = {"weights": run.model.state_dict(), "history": asdict(run.history)}
     results["record"] = my_utils.record("tiny", [run], splits, notebook="01")
-    my_utils.show(Figure(), alt="Nothing", save="figure", splits=splits)
+    my_utils.show(Figure(), alt="Nothing", save="figure", runs=[run])
     print(f"printed by process {rank}")
 
     errors = results["errors"] = {}
