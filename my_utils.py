@@ -1978,13 +1978,13 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
 
 def plot_history(history: History, epochs: int, title: str) -> Figure:
     """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = len(history.step_loss)
     per_epoch = steps / max(1, len(history.seconds)) if history.seconds else 0
     loss = pd.Series(history.step_loss, dtype=float)
     left.plot(loss, color=COLOURS["train"], alpha=0.25, linewidth=0.7, label="each batch")
-    left.plot(loss.rolling(max(1, steps // 50), min_periods=1).mean(), color=COLOURS["train"], label="moving mean")
+    left.plot(loss.rolling(max(5, steps // 50), min_periods=1).mean(), color=COLOURS["train"], label="moving mean")
     left.set(xlabel="step", ylabel="loss (nats)", ylim=(0, max(2.5, loss.quantile(0.99) if steps else 0)))
     for name, values in (("train", history.train_top1), ("val", history.val_top1), ("test", history.test_top1)):
         if values:
