@@ -277,6 +277,8 @@ def test_the_complete_report(project):
     assert "S0 (common recipe, longer, 30 epochs against 65)" in text  # 93 % beats 92 %
     assert "S0, common recipe (−7.00 points after 10 of 65 epochs)" in text
     assert "+0.30 ± 0.00" in text  # the steps of the ladder and the arms differ by the same in every seed
+    # Rung 8 falls back to the start; rung 9 is compared with rung 7, the last one kept, and not with rung 8.
+    assert text.count("−3.50 ± 0.00") == 2 and text.count("−3.00 ± 0.00") == 2  # in the table, and below it
 
 
 def test_a_figure_without_alternative_text_is_named(project):
