@@ -211,7 +211,7 @@ def build_or_check_report(check: bool) -> int:
         print(error, file=sys.stderr)
         return 1
     if check and not lines:
-        print("Report, figures and README fit the committed records. Figures that need weights are not checked.")
+        print("Report, figures and README fit the committed records.")
     print(*lines, sep="\n")
     if check and lines:
         print("\nTo build them anew: python report/build.py --report")

@@ -211,7 +211,9 @@ def plot_entropy(records: Records, _) -> Figure:
 def plot_ablation(records: Records, _) -> Figure:
     """Return the validation accuracy of each arm: a dot per seed and a line at the mean."""
     values = {
-        name.removeprefix("02_ablation_").replace("_", ", ").replace("flops", "FLOPs"): [entry["val_top1"] for entry in content["seeds"]]
+        name.removeprefix("02_ablation_").replace("_", ", ").replace("flops", "FLOPs"): [
+            entry["val_top1"] for entry in content["seeds"]
+        ]
         for name, content in records.items()
     }
     values = dict(sorted(values.items(), key=lambda item: -np.mean(item[1])))
