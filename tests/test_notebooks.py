@@ -227,7 +227,13 @@ def test_network(models):
 
 STAND_IN = "import types\ndef pick_device(): return types.SimpleNamespace(type={device!r})\n"
 UPLOAD = "import os, shutil\ndef upload():\n    print('UPLOAD')\n    shutil.copy(os.environ['UPLOAD'], 'my_utils.py')\n"
-BEFORE = "import subprocess\nsubprocess.run = lambda command, **options: print('RUN', command, options)\n"
+BEFORE = """\
+import subprocess
+real_run = subprocess.run  # which an old numpy calls too, when it is imported
+def run(command, **options):
+    return print("RUN", command, options) if "pip" in command else real_run(command, **options)
+subprocess.run = run
+"""
 AFTER = "\nprint('FOUND', Path(utils.__file__).resolve())\n"
 
 
