@@ -217,6 +217,7 @@ def models_of(notebook: str, repository: str = "") -> types.ModuleType:
     Raises:
         FileNotFoundError: the notebook is nowhere.
         OSError: it cannot be fetched.
+        ValueError: the name leads elsewhere, or the file is no notebook.
     """
     if not re.fullmatch(r"[\w .-]*\w", str(notebook)):
         raise ValueError(f"notebook is {notebook!r}; it must be the name of a notebook, without folder and .ipynb")

@@ -58,7 +58,7 @@ def table(count: int, quick: bool) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="at most one per GPU, or per CPU core")
-    parser.add_argument("--quick", action="store_true", help="once and in a tiny size, which measures nothing")
+    parser.add_argument("--quick", action="store_true", help="once and with fewer epochs, which measures little")
     parser.add_argument("--train", action="store_true", help="only train, and print the speed")
     arguments = parser.parse_args()
     if arguments.train:
