@@ -103,7 +103,7 @@ def s1_block(block, image):
 
 
 def s3_block(block, image):
-    total, y = conv(block.skip, image), image
+    total, y = conv(block.skip.layer, image) / block.skip.scale, image
     for weight, (layer, _, norm) in zip(expert_weights(block.gate, image), block.steps, strict=True):
         y = normalised(norm, conv(layer, y).clamp(min=0))
         total = total + weight * y
@@ -111,10 +111,9 @@ def s3_block(block, image):
 
 
 def s4_block(block, image):
-    a = expert_weights(block.gate, image)
-    return block.pool(sum(w * conv(c, image) for w, c in zip(a, block.experts.convs, strict=True))[None])[0].clamp(
-        min=0
-    )
+    a, convs = expert_weights(block.gate, image), block.experts.layer.convs
+    mixed = sum(w * conv(c, image) for w, c in zip(a, convs, strict=True)) / block.experts.scale
+    return block.pool(mixed[None])[0].clamp(min=0)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +123,7 @@ def s4_block(block, image):
         ("S1Block", (8, 6, True), s1_block),
         ("S3Block", (3, 8, 6, True), s3_block),
         ("S4Block", (8, 6, True), s4_block),
+        ("S4Block", (8, 6, True, 3, 4), s4_block),
     ],
 )
 def test_block_equals_its_slow_reference(models, name, arguments, reference):
