@@ -194,17 +194,18 @@ def plot_networks(records: Records, _) -> Figure:
 
 
 def plot_entropy(records: Records, _) -> Figure:
-    """Return how evenly S1's gates use their experts, per block, over the epochs of the first seed."""
-    seed = records["02_s1"]["seeds"][0]
-    entropy = pd.DataFrame(seed["history"]["probe"])
-    entropy.index += 1
-    figure = _small(Figure(layout="constrained"))
-    axes = figure.subplots()
-    if not entropy.empty:
-        sns.lineplot(entropy, ax=axes, marker="o", palette="colorblind")
-    title = f"Gates of S1 while training, seed {seed['seed']}"
-    axes.set(xlabel="epoch", ylabel="entropy of the gate / ln K", ylim=(0, 1.05), title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    """Return how evenly gates use their experts, per block, over the epochs of the first seed; a panel per network."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    for axes, (name, content) in zip(panels, records.items(), strict=True):
+        seed = content["seeds"][0]
+        entropy = pd.DataFrame(seed["history"]["probe"])
+        entropy.index += 1
+        if not entropy.empty:
+            sns.lineplot(entropy, ax=axes, marker="o", palette="colorblind")
+        title = f"{name.removeprefix('02_').upper()}, seed {seed['seed']}"
+        axes.set(xlabel="epoch", ylabel="entropy of the gate / ln K", ylim=(0, 1.05), title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -267,7 +268,7 @@ PLOTS = {
     "02_networks": Plot(
         "02_(basic|s[0-4])", plot_networks, "Validation accuracy over the epochs, one line per network, one recipe"
     ),
-    "02_entropy": Plot("02_s1", plot_entropy, "Normalised entropy of each gate of S1 over the epochs"),
+    "02_entropy": Plot("02_s[14]", plot_entropy, "Normalised entropy of each gate of S1 and S4 over the epochs"),
     "02_ablation": Plot(
         "02_ablation_.*", plot_ablation, "Validation accuracy of each arm of the ablation, a dot per seed"
     ),

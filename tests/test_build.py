@@ -1,8 +1,10 @@
 """The main job on toy notebooks: pages, progress, the table of accuracies, failures and Ctrl-C."""
 
+import functools
 import importlib.util
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +139,9 @@ def test_interrupt(project):
     project("01_long", "print('before')", INTERRUPT)
     project("02_next", "1")
     command = [sys.executable, project.root / "report" / "build.py"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    # A shell starts its background jobs with SIGINT ignored, and whatever they start inherits that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=50, preexec_fn=heed)
     assert result.returncode == 130
     assert "Interrupted." in result.stdout
     assert "[02_next]" not in result.stdout
