@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import pickletools
 import platform
 import re
 import shutil
@@ -100,14 +101,14 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() and count == 1 else "cpu")
 
 
-def pick_precision(precision: str = "auto", device: torch.device | None = None) -> torch.dtype:
+def pick_precision(precision: str = "auto", device: torch.device | str | None = None) -> torch.dtype:
     """Return the number type that `torch.autocast` uses for convolutions and matrix products.
 
     "auto" takes mixed precision only where it is really faster: bfloat16 on CUDA capability 8 and above and on CPUs
     with AVX512_BF16 or AMX, float16 on older GPUs (a T4 only emulates bfloat16), float32 elsewhere.
     """
     _one_of("precision", precision, ("auto", "float32", "bfloat16", "float16"))
-    device = device or pick_device()
+    device = torch.device(device) if device else pick_device()
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -120,9 +121,9 @@ def pick_precision(precision: str = "auto", device: torch.device | None = None) 
     return torch.float32
 
 
-def describe_device(device: torch.device | None = None) -> str:
+def describe_device(device: torch.device | str | None = None) -> str:
     """Return the device in words, for example "2 cores of AMD EPYC" or "Tesla T4"."""
-    device = device or pick_device()
+    device = torch.device(device) if device else pick_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
@@ -180,11 +181,30 @@ def _replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            moved = previous is not None and path.exists()
+            if moved:
+                os.replace(path, previous)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if moved:
+                    os.replace(previous, path)
+                raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Tell, if `path` cannot be written, what to do."""
+    try:
+        yield
+    except filelock.Timeout:
+        raise
     except OSError as error:
         hint = "free some space" if error.errno == errno.ENOSPC else "make the folder writable"
         raise OSError(
@@ -192,9 +212,6 @@ def _replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
             f"cannot write {path.name} in {path.parent}: {error.strerror}; what was there before is unchanged. "
             f"To go on, {hint}, or choose another folder (RUNS_DIR for runs, CIFAR10_ROOT for the data)",
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes, previous: Path | None = None) -> None:
@@ -764,6 +781,8 @@ def batches(
     _check_number("batch_size", batch_size, 1, kind=int)
     _check_number("part[1]", part[1], 1, kind=int)
     _check_number("part[0]", part[0], 0, part[1] - 1, int)
+    if not isinstance(augmentation, Augmentation | None):
+        raise TypeError(f"augmentation is {augmentation!r}; it must be an Augmentation or None")
     if augmentation is not None and seed is None:
         raise ValueError("seed is None; augmented batches need a number")
     count, device = len(split), split.images.device
@@ -882,13 +901,13 @@ class Recipe:
                 _check_number(f"schedule_args[{name!r}]", value, 1e-9 if name.endswith("div_factor") else 0)
         if self.schedule == "step":
             _check_number("schedule_args['epochs']", self.schedule_args.get("epochs"), 1, kind=int)
-        _check_number("label_smoothing", self.label_smoothing, 0, 1)
+        _check_number("label_smoothing", self.label_smoothing, 0, 0.99)
         if isinstance(self.augmentation, Mapping):
             object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
         if not isinstance(self.augmentation, Augmentation):
             raise TypeError(f"augmentation is {self.augmentation!r}; it must be an Augmentation")
         if self.weight_averaging is not None:
-            _check_number("weight_averaging", self.weight_averaging, 0, 1)
+            _check_number("weight_averaging", self.weight_averaging, 0, 0.99999)
         _one_of("precision", self.precision, ("auto", "float32", "bfloat16", "float16"))
 
 
@@ -927,6 +946,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int):
     """Return the learning-rate schedule for an epoch of `steps` batches; it is stepped once per batch."""
+    _check_number("steps", steps, 1, kind=int)
     schedulers = torch.optim.lr_scheduler
     arguments = dict(recipe.schedule_args)
     total = recipe.epochs * steps
@@ -1067,6 +1087,8 @@ class _Trainer:
             raise RuntimeError(f"the processes disagree about run {run}: their model, recipe, data or seed differ")
         self.history = History()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        # No file of the run is larger: a checkpoint holds the weights, their average and what the optimizers remember.
+        self.max_bytes = (64 << 20) + 8 * sum(value.nbytes for value in self.model.state_dict().values())
         seen = recipe.epochs * min(
             len(splits.train), steps_per_epoch(len(splits.train), recipe.batch_size) * recipe.batch_size
         )
@@ -1074,7 +1096,6 @@ class _Trainer:
 
     def lock(self):
         """Hold the run's folder, so that no second process trains the same run; a dead process holds nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         return _holding(self.folder / "lock", f"run {self.name}, seed {self.seed}")
 
     def result(self, model: nn.Module | None, stored: dict, recorded: dict | None = None) -> Run:
@@ -1107,15 +1128,15 @@ class _Trainer:
 
     def find(self, need_model: bool) -> tuple[str, dict, bytes | None] | None:
         """Return where the finished run was found, its record and, from the store, its weights."""
-        finished, path = self.folder / "run.json", self.folder / "weights.safetensors"
-        if finished.exists() and path.exists():
-            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError):
-                stored, weights = json.loads(finished.read_text()), path.read_bytes()
-                History(**stored["history"])
-                safetensors.torch.load(weights)
-                if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) == found:
-                    return "loaded from the run store", stored, weights
-            warnings.warn(f"{self.folder} holds a damaged run; its checkpoint, if any, is used", stacklevel=5)
+        if (self.folder / "run.json").exists() and (self.folder / "weights.safetensors").exists():
+            try:
+                stored, weights = _read_finished(self.folder, self.max_bytes)
+                shapes = {name: value.shape for name, value in safetensors.torch.load(weights).items()}
+                if shapes != {name: value.shape for name, value in self.model.state_dict().items()}:
+                    raise ValueError(f"{self.folder} holds the weights of another model")
+                return "loaded from the run store", stored, weights
+            except ValueError as error:
+                warnings.warn(f"{error}; its checkpoint, if any, is used", stacklevel=5)
         if os.environ.get("REUSE_RECORDS") == "1" and not need_model:
             for path in sorted((ROOT / "report" / "results").glob("*.json")):
                 for entry in _read_record(path)["seeds"]:
@@ -1224,7 +1245,7 @@ class _Trainer:
                 if live:
                     live.draw(history)
         history.seconds.append(time.perf_counter() - start)
-        history.train_loss.append(losses.double().mean().item())
+        history.train_loss.append(losses.cpu().double().mean().item())
         history.train_top1.append(_sum(correct).item() / (self.steps * self.batch))
         if self.count > 1:  # each process moved its buffers by its own images
             buffers = [buffer for model in (self.model, self.averaged) if model for buffer in model.buffers()]
@@ -1241,16 +1262,15 @@ class _Trainer:
 
     def evaluate_epoch(self, progress: _Progress) -> None:
         history = self.history
+        weights = [value for model in (self.model, self.averaged) if model for value in model.state_dict().values()]
+        if not all(value.isfinite().all() for value in weights):
+            self.diverged()
         if self.splits.val is not None:
             try:
                 result = self.evaluate(self.splits.val)
             except ValueError as error:
-                if "finite" not in str(error):
-                    raise
-                # The last step broke the weights.
-                history.step_loss.append(math.nan)
-                history.step_learning_rate.append(history.step_learning_rate[-1])
-                self.check_finite(len(history.seconds) - 1)
+                if "finite" in str(error):
+                    self.diverged()
                 raise
             history.val_loss.append(result.nll)
             history.val_top1.append(result.top1)
@@ -1259,10 +1279,16 @@ class _Trainer:
         if self.probe:
             shown = self.averaged.module if self.averaged else self.model
             with torch.no_grad(), _evaluating(shown):
-                history.probe.append(_once(lambda: {name: float(value) for name, value in self.probe(shown).items()}))
+                history.probe.append(_once(lambda: _probed(self.probe(shown))))
             if not all(map(math.isfinite, history.probe[-1].values())):
                 raise ValueError(f"probe returned {history.probe[-1]}; its numbers must be finite")
         progress.epoch_done(history)
+
+    def diverged(self) -> None:
+        """The last step of an epoch broke the weights, which no loss has seen yet."""
+        self.history.step_loss.append(math.nan)
+        self.history.step_learning_rate.append(self.history.step_learning_rate[-1])
+        self.check_finite(len(self.history.seconds) - 1)
 
     def check_finite(self, epoch: int) -> None:
         step = next((i for i, loss in enumerate(self.history.step_loss) if not math.isfinite(loss)), None)
@@ -1294,11 +1320,13 @@ class _Trainer:
         """Go on after the checkpoint, or after the one before where the last is damaged."""
         damage = None
         for path in (self.folder / "checkpoint.pt", self.folder / "checkpoint.previous.pt"):
-            content = _once(lambda path=path: path.read_bytes() if path.exists() else None)
-            if content is None:
+            size = _once(lambda path=path: path.stat().st_size if path.exists() else None)
+            if size is None:
                 continue
             try:
-                self.load(_open_checkpoint(content, self.device))
+                if size > self.max_bytes:
+                    raise ValueError(f"larger than {self.max_bytes:,} bytes")
+                self.load(_open_checkpoint(_once(path.read_bytes), self.device))
             except Exception as error:  # torch raises nearly anything on a file that is not its own
                 damage = damage or (path, error)
                 continue
@@ -1329,17 +1357,31 @@ class _Trainer:
         self.history = History(**state["history"])
 
 
+def _probed(found) -> dict[str, float]:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"probe returned {found!r}; it must return a dict of numbers")
+    return {name: float(value) for name, value in found.items()}
+
+
+_IN_CHECKPOINTS = r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage"
+
+
 def _open_checkpoint(content: bytes, device: torch.device):
     """Return the state in a checkpoint's bytes.
 
     Raises:
-        ValueError: it declares more than it holds, or its zip checksums, which torch does not look at, do not fit.
+        ValueError: it declares more than it holds, its zip checksums, which torch does not look at, do not fit, or it
+            names something else than tensors, which torch might make as large as it says.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if sum(item.file_size for item in archive.infolist()) > len(content):
             raise ValueError("the checkpoint declares more than it holds")
         if name := archive.testzip():
             raise ValueError(f"{name} in the checkpoint does not fit its checksum")
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    for step, named, _ in (step for content in pickles for step in pickletools.genops(content)):
+        if "GLOBAL" in step.name and not re.fullmatch(_IN_CHECKPOINTS, str(named)):
+            raise ValueError(f"the checkpoint holds {named}, which no tensor needs")
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
 
 
@@ -1473,25 +1515,35 @@ def runs_dir() -> Path:
 def _holding(path: Path, what: str) -> Iterator[None]:
     """Hold a lock that ends with the process; refuse at once, naming the holder, if another process has it."""
     owner = path.with_name(path.name + ".owner")
-    try:
-        with filelock.FileLock(path, timeout=0):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            yield
-    except filelock.Timeout:
-        holder = owner.read_text() if owner.exists() else "another process"
-        raise RuntimeError(f"{what} is being trained by {holder}; wait for it, or stop it first") from None
+    with contextlib.ExitStack() as held:
+        try:
+            with _explained(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(filelock.FileLock(path, timeout=0))
+                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except filelock.Timeout:
+            holder = owner.read_text() if owner.exists() else "another process"
+            raise RuntimeError(f"{what} is being used by {holder}; wait for it, or stop it first") from None
+        yield
 
 
 RUN_FILES = ("checkpoint.pt", "checkpoint.previous.pt", "interrupted.json", "weights.safetensors", "run.json")
 
 
 def pack_runs(path: str | Path = "runs.zip") -> Path:
-    """Write the run store into a zip file, to be kept where the machine's disk is not, and return its path."""
+    """Write the run store into a zip file, to be kept where the machine's disk is not, and return its path.
+
+    Raises:
+        RuntimeError: one of the runs is being trained.
+        OSError: the file cannot be written.
+    """
     path = Path(path)
     with _replacing(path) as temporary, zipfile.ZipFile(temporary, "w", strict_timestamps=False) as archive:
-        for file in sorted(runs_dir().glob("**/*")):
-            if file.name in RUN_FILES:
-                archive.write(file, file.relative_to(runs_dir()))
+        for folder in sorted({file.parent for file in runs_dir().glob("**/seed*/*") if file.name in RUN_FILES}):
+            name = folder.relative_to(runs_dir())
+            with _holding(folder / "lock", f"run {name.as_posix()}"):
+                for file in (folder / file for file in RUN_FILES if (folder / file).exists()):
+                    archive.write(file, name / file.name)
     return path
 
 
@@ -1523,30 +1575,64 @@ def unpack_runs(path: str | Path, max_bytes: int = 4 << 30) -> list[str]:
         found = {folder: _epochs_done(folder) for folder in {file.parent for file in Path(part).glob("**/seed*/*")}}
         for folder, epochs in sorted(found.items()):
             name = folder.relative_to(part)
-            (store / name).mkdir(parents=True, exist_ok=True)
             with _holding(store / name / "lock", f"run {name.as_posix()}"):
-                try:
-                    here = _epochs_done(store / name)
-                except ValueError:
-                    here = -1
-                if epochs > here:
+                if epochs > _epochs_done(store / name, suspicious=False):
                     for file in (folder / file for file in RUN_FILES if (folder / file).exists()):
-                        os.replace(file, store / name / file.name)
+                        with _explained(store / name / file.name):
+                            os.replace(file, store / name / file.name)
                     taken.append(name.as_posix())
     return taken
 
 
-def _epochs_done(folder: Path) -> float:
-    """Return how many epochs a run in the store has behind it: infinite for a finished one."""
-    if (folder / "run.json").exists() and (folder / "weights.safetensors").exists():
-        return math.inf
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.exists():
-        return -1
+def _epochs_done(folder: Path, suspicious: bool = True) -> float:
+    """Return how many epochs a run has behind it: infinite for a finished one, -1 if nothing is there.
+
+    Raises:
+        ValueError: a file is damaged; unless `suspicious`, what is sound counts.
+    """
+    finished = lambda: (_read_finished(folder), math.inf)[1]  # noqa: E731
+    readers = {"run.json": finished}
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        readers[name] = lambda name=name: _checkpoint_epochs(folder / name)
+    done = -1
+    for name, read in readers.items():
+        if (folder / name).exists():
+            try:
+                done = max(done, read())
+            except Exception as error:
+                if suspicious:
+                    raise ValueError(f"{name} in {folder.name} is damaged ({type(error).__name__})") from error
+    return done
+
+
+def _checkpoint_epochs(path: Path) -> int:
+    return len(_open_checkpoint(path.read_bytes(), torch.device("cpu"))["history"]["seconds"])
+
+
+def _read_finished(folder: Path, max_bytes: int = 4 << 30) -> tuple[dict, bytes]:
+    """Return what a finished run logged, and its weights.
+
+    Raises:
+        ValueError: one of its files is missing, damaged, or larger than `max_bytes`.
+    """
+    paths = [folder / "run.json", folder / "weights.safetensors"]
     try:
-        return len(_open_checkpoint(checkpoint.read_bytes(), torch.device("cpu"))["history"]["seconds"])
-    except Exception as error:
-        raise ValueError(f"the checkpoint in {folder.name} is damaged ({type(error).__name__})") from error
+        if max(path.stat().st_size for path in paths) > max_bytes:
+            raise ValueError(f"larger than {max_bytes:,} bytes")
+        stored, weights = json.loads(paths[0].read_text()), paths[1].read_bytes()
+        history, epochs = History(**stored["history"]), stored["recipe"]["epochs"]
+        if not epochs == len(history.seconds) == len(history.train_loss) == len(history.train_top1):
+            raise ValueError("the history is not that of a finished run")
+        if not isinstance(stored["device"], str) or not isinstance(stored["versions"], dict):
+            raise ValueError("device or versions are missing")
+        safetensors.torch.load(weights)
+        if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) != found:
+            raise ValueError("the weights are not those of the run")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder} holds a damaged run ({error})") from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder} holds a damaged run ({error})") from error
+    return stored, weights
 
 
 def _fingerprint(identity: str, seed: int) -> str:
@@ -1730,6 +1816,11 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
 TTA = ("none", "flip", "flip+translate")
 
 
+def _check_split(split) -> None:
+    if not isinstance(split, Split):
+        raise TypeError(f"split is a {type(split).__name__}; it must be a Split, for example splits.test")
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto", batch_size: int = 1000
@@ -1742,6 +1833,7 @@ def predict(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}; it must be an nn.Module (a Run has none where a record stood in for it)")
+    _check_split(split)
     _one_of("tta", tta, TTA)
     _check_number("batch_size", batch_size, 1, kind=int)
     device = next(model.parameters(), torch.zeros(())).device
@@ -1768,6 +1860,7 @@ def predict(
 
 def evaluate(model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto") -> Evaluation:
     """Return the Evaluation of a model on a split, un-augmented unless `tta` says otherwise; see `predict`, `score`."""
+    _check_split(split)
     return score(predict(model, split, tta=tta, precision=precision), split.labels)
 
 
@@ -1903,6 +1996,9 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
         raise ValueError(f"records is {'a dict' if records else 'empty'}; a table needs a list of at least one")
     rows = []
     for content in records:
+        _check_keys("the record", content, ("name", "seeds", "published_top1", "epochs", "parameters", "train_flops"))
+        for entry in content["seeds"]:
+            _check_keys(f"a seed of {content['name']}", entry, ("val_top1", "test_top1", "train_seconds"))
         columns = {
             name: [entry[name] for entry in content["seeds"]] for name in ("val_top1", "test_top1", "train_seconds")
         }
@@ -1922,6 +2018,11 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows).set_index("name")
     return table.rename_axis("synthetic data, not CIFAR-10") if any(r["data"] != "cifar10" for r in records) else table
+
+
+def _check_keys(what: str, content, keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}; records come from `record`")
 
 
 def percent(values: Sequence[float | None]) -> str:
@@ -1953,8 +2054,10 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
     shows; their fingerprints stand in the file's metadata, so that one can tell whether it fits the records.
 
     Raises:
-        ValueError: a figure to be saved names no runs, or runs on different data.
+        ValueError: a figure has no alternative text, or one to be saved names no runs, or runs on different data.
     """
+    if not isinstance(alt, str) or not alt.strip():
+        raise ValueError(f"alt is {alt!r}; it must say in words what the figure shows")
     runs, metadata = list(runs), {"Description": alt}
     if save:
         _check_name("save", save)
@@ -2009,6 +2112,9 @@ def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
 
     curve: a per-epoch list of the history, for example "val_top1" (accuracies are drawn in per cent) or "train_loss"
     """
+    if not isinstance(records, Mapping):
+        raise TypeError(f"records is a {type(records).__name__}; it must be a dict of records by their labels")
+    _one_of("curve", curve, [name for name in History.__dataclass_fields__ if name not in ("probe", "seconds")])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     scale = 100 if curve.endswith("top1") else 1

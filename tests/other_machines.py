@@ -1,7 +1,7 @@
 """Run the tests as on another machine, as far as this one can play it: `python tests/other_machines.py [NAME ...]`.
 
 - oldest: the lowest versions that requirements.txt allows, installed into an environment of their own.
-- small: one core, and 4 GB of memory for each process.
+- small: one core, 4 GB of memory for each process, and no AVX512.
 - abroad: a folder with spaces and letters that are not English, a locale without UTF-8, another time zone.
 
 Each runs in a fresh clone of what is committed; without a name, one after the other. The exit status is 1 if any fails.
@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 4 << 30  # bytes
+NO_AVX512 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ABROAD = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Pacific/Chatham"}
 
 
@@ -44,7 +45,7 @@ def test(name: str) -> bool:
         clone = Path(folder) / ("Übung 1 – CIFAR 10" if name == "abroad" else "clone")
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         python = install_oldest(clone, Path(folder)) if name == "oldest" else sys.executable
-        environment = os.environ | (ABROAD if name == "abroad" else {})
+        environment = os.environ | {"abroad": ABROAD, "small": NO_AVX512}.get(name, {})
         environment["PATH"] = os.pathsep.join([str(Path(python).parent), environment["PATH"]])
         limit = shrink if name == "small" else None
         return (

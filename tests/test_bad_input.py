@@ -172,7 +172,11 @@ def test_the_seed_of_a_drawing(seed, error):
         ({"seed": 0, "epoch": -1}, ValueError, "epoch is -1; it may be from 0"),
         ({"seed": 0, "epoch": 1.5}, TypeError, "epoch is 1.5 .* whole number"),
         ({"seed": 0, "epoch": None}, TypeError, "epoch is None .* whole number"),
-        ({"seed": 0, "augmentation": {"crop": 2}}, AttributeError, "'dict' object has no attribute 'draw'"),
+        (
+            {"seed": 0, "augmentation": {"crop": 2}},
+            TypeError,
+            "augmentation is {'crop': 2}; it must be an Augmentation",
+        ),
     ],
 )
 def test_batches(arguments, error, says):
@@ -242,6 +246,8 @@ def test_an_image_that_is_not_finite_spoils_no_other(seeded, bad):
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
+        ({"label_smoothing": 1}, ValueError, "label_smoothing is 1; it may be from 0 to 0.99"),
+        ({"weight_averaging": 1.0}, ValueError, "weight_averaging is 1.0; it may be from 0 to 0.99999"),
         ({"epochs": 10**9}, ValueError, "epochs is 1000000000; it may be from 1 to 100000"),
         ({"batch_size": 10**30}, ValueError, "batch_size is 10+; it may be from 1 to 1000000"),
         ({"optimizer_args": {"learning_rate": 0.3}}, ValueError, "optimizer_args holds .* fields of their own"),
@@ -260,6 +266,27 @@ def test_an_image_that_is_not_finite_spoils_no_other(seeded, bad):
 def test_a_recipe(settings, error, says):
     with pytest.raises(error, match=says):
         recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("steps", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError), ("9", TypeError), (math.nan, TypeError)]
+)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
+def test_a_schedule_of_no_steps(schedule, steps, error):
+    settings = recipe(schedule=schedule)
+    [optimizer] = utils.build_optimizers(Tiny(), settings)
+    with pytest.raises(error, match=f"steps is {steps!r}"):
+        utils.build_scheduler(optimizer, settings, steps)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_device_by_its_name(device):
+    """Unusual, but there is a right answer."""
+    assert utils.describe_device(device) == utils.describe_device(torch.device("cpu"))
+    assert utils.pick_precision("auto", device) == utils.pick_precision("auto", torch.device("cpu"))
+    for act in (utils.describe_device, partial(utils.pick_precision, "auto")):
+        with pytest.raises(RuntimeError, match="device string: gpu"):
+            act("gpu")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +327,7 @@ def test_fit_trains_nothing(splits, store, changes, settings, says):
         ({"recipe": recipe(optimizer_args={"momentum": math.nan})}, FloatingPointError, "the loss is nan at step 2"),
         ({"recipe": recipe(optimizer_args={"weight_decay": math.inf})}, FloatingPointError, "the loss is nan at step"),
         ({"probe": lambda model: {"a": math.nan}}, ValueError, "probe returned {'a': nan}; its numbers must be finite"),
-        ({"probe": lambda model: 1.0}, AttributeError, "'float' object has no attribute 'items'"),
+        ({"probe": lambda model: 1.0}, TypeError, "probe returned 1.0; it must return a dict of numbers"),
     ],
 )
 def test_fit_keeps_nothing(splits, store, arguments, error, says):
@@ -400,7 +427,7 @@ def test_evaluate(splits, build, error, says):
 
 @pytest.mark.parametrize("data", [None, IMAGES, (IMAGES, LABELS), "splits"])
 def test_evaluate_on_what_is_no_split(splits, data):
-    with pytest.raises((TypeError, AttributeError), match=r"(NoneType|Tensor|tuple|Splits)'.* has no"):
+    with pytest.raises(TypeError, match=r"split is a (NoneType|Tensor|tuple|Splits); it must be a Split"):
         utils.evaluate(Tiny(), splits if data == "splits" else data)
 
 
@@ -469,8 +496,8 @@ GOOD_RECORD = {
         (GOOD_RECORD, ValueError, "records is a dict; a table needs a list of at least one"),
         ({"tiny": GOOD_RECORD}, ValueError, "records is a dict"),
         ([GOOD_RECORD | {"seeds": []}], ValueError, "values is empty"),
-        ([GOOD_RECORD | {"seeds": [{"val_top1": 0.5}]}], KeyError, "test_top1"),
-        ([{"name": "tiny"}], KeyError, "seeds"),
+        ([GOOD_RECORD | {"seeds": [{"val_top1": 0.5}]}], ValueError, "a seed of tiny lacks test_top1, train_seconds"),
+        ([{"name": "tiny"}], ValueError, "the record lacks seeds, published_top1, epochs"),
         ([GOOD_RECORD | {"parameters": None}], TypeError, "NoneType"),
         ([GOOD_RECORD | {"published_top1": "94 %"}], ValueError, "type 'str'"),
     ],
@@ -526,9 +553,9 @@ def of(*curves):
         (of([0.1], [0.1, 0.2]), "val_top1", ValueError, r"val_top1 of tiny has \[1, 2\] values; each seed"),
         (of([], []), "val_top1", ValueError, r"val_top1 of tiny has \[0\] values"),
         (of(), "val_top1", ValueError, r"val_top1 of tiny has \[\] values"),
-        (of([0.1]), "vall_top1", KeyError, "vall_top1"),
-        (of([1.0]), "seconds", KeyError, "seconds"),
-        ([of([0.1])["tiny"]], "val_top1", AttributeError, "'list' object has no attribute 'items'"),
+        (of([0.1]), "vall_top1", ValueError, "curve is 'vall_top1'; it may be one of step_loss, "),
+        (of([1.0]), "seconds", ValueError, "curve is 'seconds'"),
+        ([of([0.1])["tiny"]], "val_top1", TypeError, "records is a list; it must be a dict of records by their labels"),
     ],
 )
 def test_plot_curves(records, curve, error, says):
@@ -595,6 +622,12 @@ def test_fewer_pictures_than_asked_for():
     assert [bool(axes.images) for axes in utils.plot_augmentation(one, FLIP, epochs=2).axes] == [True] * 3
     assert [bool(axes.images) for axes in utils.plot_classes(one, TEN, per_class=2).axes] == [True] + [False] * 19
     assert not any(axes.images for axes in utils.plot_mistakes(RIGHT, SPLIT, TEN).axes)
+
+
+@pytest.mark.parametrize("alt", ["", "  ", None])
+def test_show_asks_for_words(alt):
+    with pytest.raises(ValueError, match=r"alt is .*; it must say in words what the figure shows"):
+        utils.show(utils.plot_history(utils.History(), 1, "a title"), alt=alt)
 
 
 @pytest.mark.parametrize("save", ["../out", "/out", "a\\b", 3])

@@ -68,14 +68,23 @@ def work(folder: Path, seed: int, url: str, md5: str) -> None:
     images, labels = my_utils.draw_synthetic(300)
     make = functools.partial(Split, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     splits = Splits(*(make(images[i : i + 100], labels[i : i + 100]) for i in (0, 100, 200)), "synthetic")
-    checkpoint = my_utils._Trainer.checkpoint
+    checkpoint, train_epoch = my_utils._Trainer.checkpoint, my_utils._Trainer.train_epoch
 
     def told(trainer):
         tell("checkpoint")
         checkpoint(trainer)
+        log(f"kept {len(trainer.history.seconds)}")
         tell("training")
 
-    my_utils._Trainer.checkpoint = told
+    def logged(trainer, epoch, *more):
+        log(f"from {epoch}")
+        train_epoch(trainer, epoch, *more)
+
+    def log(line):
+        with open(folder / "epochs", "a") as file:
+            file.write(f"{line}\n")
+
+    my_utils._Trainer.checkpoint, my_utils._Trainer.train_epoch = told, logged
     tell("training")
     settings = recipe(epochs=4, batch_size=20, weight_averaging=0.9, augmentation=Augmentation(crop=2, flip="random"))
     run = my_utils.fit(Slow, splits, settings, run="slow", seed=seed, plot=False, device="cpu")
@@ -136,6 +145,17 @@ def kept(folder: Path) -> dict:
     return {"weights": weights.read_bytes(), "json": contents, "data": {n: p.read_bytes() for n, p in data.items()}}
 
 
+def went_on(folder: Path) -> None:
+    """Check that no epoch was trained again whose checkpoint had been written."""
+    kept = 0
+    for line in (folder / "epochs").read_text().split("\n")[:-1]:
+        what, number = line.split()
+        if what == "kept":
+            kept = int(number)
+        else:
+            assert int(number) in (kept, kept + 1)  # one more: killed after the checkpoint, before it was noted
+
+
 def test_what_is_killed_goes_on_to_the_same_end(tmp_path, source):
     number = random.randrange(2**32)
     print("seed of the moments", number)  # pytest shows it if the test fails
@@ -157,6 +177,7 @@ def test_what_is_killed_goes_on_to_the_same_end(tmp_path, source):
         killed, whole = kept(folder), kept(tmp_path / f"whole{seed}")
         assert killed == whole
         assert killed["data"] == FILES
+        went_on(folder)
         left = {path.name for path in folder.rglob("*") if path.name.startswith(".") and path.name.endswith(".part")}
         assert not left and not list((folder / "data").glob(".part-*"))
     assert sum(before.values()) > KILLS / 2  # the others had just ended

@@ -140,15 +140,50 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, packed):
     buffer = io.BytesIO()
     torch.save([1, 2, 3], buffer)
     rewritten(path, lambda members: {f"{name}/checkpoint.pt": buffer.getvalue()})
-    with pytest.raises(ValueError, match=r"the checkpoint in seed0-\w+ is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt in seed0-\w+ is damaged"):
         my_utils.unpack_runs(path)
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_junk_finished_run_is_not_taken(splits, tmp_path, packed):
+    """It would hide the checkpoint that is there."""
+    _, name, path = packed
+    rewritten(path, lambda members: as_if_stopped(members, epochs=1))
+    assert my_utils.unpack_runs(path) == [name]
+    before = contents(tmp_path / "other")
+    rewritten(path, lambda _: {f"{name}/run.json": b'{"history": {}}', f"{name}/weights.safetensors": b"x"})
+    with pytest.raises(ValueError, match=r"run\.json in seed0-\w+ is damaged"):
+        my_utils.unpack_runs(path)
+    assert contents(tmp_path / "other") == before
+
+
+def test_what_a_kill_between_two_moves_left_is_not_lost(store, tmp_path, packed, monkeypatch):
+    """Then the run has no checkpoint.pt, only the one before."""
+    _, name, path = packed
+    rewritten(path, lambda members: as_if_stopped(members, epochs=1))
+    assert my_utils.unpack_runs(path) == [name]
+    checkpoint = tmp_path / "other" / name / "checkpoint.pt"
+    checkpoint.rename(checkpoint.with_name("checkpoint.previous.pt"))
+    assert my_utils.unpack_runs(path) == []  # it has as many epochs
+    moved = my_utils.pack_runs(tmp_path / "moved.zip")
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "third"))
+    assert my_utils.unpack_runs(moved) == [name]
+
+
+def test_a_run_that_is_being_trained_is_not_packed(store, tmp_path, packed):
+    _, name, path = packed
+    before = path.read_bytes()
+    assert my_utils.unpack_runs(path) == [name]
+    held = my_utils._holding(tmp_path / "other" / name / "lock", name)
+    with held, pytest.raises(RuntimeError, match="is being used"):
+        my_utils.pack_runs(path)
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path, packed):
     _, name, path = packed
     folder = tmp_path / "other" / name
     folder.mkdir(parents=True)
-    with my_utils._holding(folder / "lock", "run test/tiny"), pytest.raises(RuntimeError, match="is being trained by"):
+    with my_utils._holding(folder / "lock", "run test/tiny"), pytest.raises(RuntimeError, match="is being used by"):
         my_utils.unpack_runs(path)
     assert not without_locks(tmp_path / "other")

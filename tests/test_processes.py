@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from matplotlib.figure import Figure
+from nbconvert import ScriptExporter
 from tiny import Tiny, recipe
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,6 +29,7 @@ from my_utils import Augmentation, Split, Splits
 
 fit = partial(my_utils.fit, plot=False, device="cpu")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torch has no torchrun for Windows")
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_baseline.ipynb"
 BATCHES = {"even": 50, "uneven": 33}  # two processes get 25 and 25, or 17 and 16 images
 
 
@@ -122,13 +125,15 @@ def main(folder: Path, what: str, rank: int) -> None:
     torch.save(results, folder / f"results{rank}.pt")
 
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--local-addr=127.0.0.1"]
+
+
 @contextlib.contextmanager
 def torchrun(folder: Path, what: str):
     """Start two processes, yield the launcher and what it says, and kill the launcher at the end."""
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += ["--nproc-per-node=2", __file__, folder, what]
+    environment, command = ENVIRONMENT, [*TORCHRUN, "--standalone", "--nproc-per-node=2", __file__, folder, what]
     with (
         open(folder / "log", "w") as log,
         subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log) as process,
@@ -249,6 +254,30 @@ def test_a_killed_process_ends_the_job_which_goes_on_with_any_number(store, tmp_
     run = train_slowly()  # and one process ends it
     assert "going on after epoch" in capsys.readouterr().out
     assert len(run.history.seconds) == 8 and len(run.history.step_loss) == 80
+
+
+def test_an_exported_notebook_runs_unchanged_on_two_nodes(store, tmp_path):
+    """Two launchers, as on two machines that share a disk, with one process each."""
+    script, _ = ScriptExporter().from_filename(NOTEBOOK)
+    path = tmp_path / "exported.py"
+    path.write_text(script, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", endpoint, path]
+    arguments = {"cwd": NOTEBOOK.parent, "env": os.environ | ENVIRONMENT, "stderr": subprocess.STDOUT}
+    with contextlib.ExitStack() as held:
+        nodes = []
+        for node in range(2):
+            log = held.enter_context(open(tmp_path / f"log{node}", "w"))
+            nodes.append(held.enter_context(subprocess.Popen(command, stdout=log, **arguments)))
+            held.callback(nodes[-1].terminate)
+        codes = [process.wait(timeout=500) for process in nodes]
+    logs = [(tmp_path / f"log{node}").read_text() for node in range(2)]
+    assert codes == [0, 0], logs
+    assert sorted(log.count("run size  smoke") for log in logs) == [0, 1]  # only process 0 prints
+    [stored] = store.glob("**/run.json")
+    assert json.loads(stored.read_text())["device"].startswith("2 x ")
 
 
 if __name__ == "__main__":

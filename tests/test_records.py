@@ -3,12 +3,14 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
+import torch
 from tiny import Tiny, recipe
 
 import my_utils
@@ -151,6 +153,32 @@ def test_seeds_accumulate(root, splits):
     assert len(written(root, "other")["seeds"]) == 1
 
 
+def train_and_record(folder, seed: int, barrier) -> None:
+    """What each of two notebooks does that run at the same time."""
+    torch.set_num_threads(1)
+    my_utils.ROOT = folder
+    os.environ |= {"RUNS_DIR": str(folder / "runs"), "RUN_SIZE": "smoke"}
+    splits = my_utils.load_cifar10(synthetic=True).head(200, 100, 100)
+    barrier.wait(300)
+    for epochs in (1, 2, 3):
+        run = fit(Tiny, splits, recipe(epochs=epochs), run=f"two/{epochs}", seed=seed, device="cpu")
+        record(f"two_{epochs}", [run], splits, notebook="01")
+
+
+def test_two_notebooks_that_train_and_record_at_the_same_time_lose_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    pair = [context.Process(target=train_and_record, args=(tmp_path, seed, barrier)) for seed in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(300)
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert len(list(tmp_path.glob("runs/smoke/two/*/*/run.json"))) == 6
+    for epochs in (1, 2, 3):
+        assert [entry["seed"] for entry in written(tmp_path, f"two_{epochs}")["seeds"]] == [0, 1]
+
+
 def test_seeds_recorded_at_the_same_time_are_all_kept(root, splits):
     run = fit(Tiny, splits, recipe(epochs=1))
     with ThreadPoolExecutor(8) as pool:
@@ -182,7 +210,7 @@ def test_what_is_no_record_is_refused_and_left_alone(root, splits, monkeypatch, 
         path.parent.mkdir(parents=True)
         path.write_bytes(content or b"")
         if content is None:
-            os.truncate(path, 1 << 40)  # a file of 1 TiB that takes no space
+            os.truncate(path, (64 << 20) + 1)  # takes no space on most disks
     with pytest.raises(ValueError, match=r"tiny\.json is no record"):
         record("tiny", [run], splits, notebook="01")
     monkeypatch.setenv("REUSE_RECORDS", "1")

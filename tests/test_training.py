@@ -80,10 +80,10 @@ def test_recipe_survives_json(settings):
         ({"schedule": "step"}, TypeError, r"schedule_args\['epochs'\] is None .* must be a whole number"),
         ({"schedule": "step", "schedule_args": {"epochs": 0}}, ValueError, r"schedule_args\['epochs'\] is 0; .*from 1"),
         ({"schedule_args": None}, TypeError, "schedule_args is None"),
-        ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; it may be from 0 to 1"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; it may be from 0 to 0.99"),
         ({"augmentation": "flip"}, TypeError, "augmentation is 'flip'; it must be an Augmentation"),
         ({"augmentation": {"crop": 17}}, ValueError, "crop is 17; it may be from 0 to 16"),
-        ({"weight_averaging": 1.1}, ValueError, "weight_averaging is 1.1; it may be from 0 to 1"),
+        ({"weight_averaging": 1.1}, ValueError, "weight_averaging is 1.1; it may be from 0 to 0.99999"),
         ({"weight_averaging": "0.9"}, TypeError, "weight_averaging is '0.9' .* must be a number"),
         ({"precision": "half"}, ValueError, "precision is 'half'; it may be one of auto, float32, bfloat16, float16"),
     ],
@@ -418,10 +418,12 @@ def test_a_loss_that_is_not_finite(splits, store, monkeypatch, capsys, bad, merg
 
 
 def test_weights_that_break_in_an_epochs_last_step(splits, store):
-    """The loss is still finite then, but nothing that follows is."""
-    with pytest.raises(FloatingPointError, match=r"learning rate 1e\+38.* ten times smaller"):
-        fit(Tiny, splits, recipe(batch_size=200, learning_rate=1e38))
-    assert not list(store.glob("**/checkpoint.pt"))
+    """The loss is still finite then, but nothing that follows is; also where there is no validation to show it."""
+    for data in (splits, splits.with_val_in_train()):
+        settings = recipe(batch_size=len(data.train), learning_rate=1e38)
+        with pytest.raises(FloatingPointError, match=r"learning rate 1e\+38.* ten times smaller"):
+            fit(Tiny, data, settings)
+    assert not [path for path in store.rglob("*") if path.suffix in (".pt", ".json", ".safetensors")]
 
 
 def test_a_model_with_other_outputs_is_named_as_such(splits):
