@@ -1590,23 +1590,19 @@ def _epochs_done(folder: Path, suspicious: bool = True) -> float:
     Raises:
         ValueError: a file is damaged; unless `suspicious`, what is sound counts.
     """
-    finished = lambda: (_read_finished(folder), math.inf)[1]  # noqa: E731
-    readers = {"run.json": finished}
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        readers[name] = lambda name=name: _checkpoint_epochs(folder / name)
     done = -1
-    for name, read in readers.items():
-        if (folder / name).exists():
+    for name in ("run.json", "checkpoint.pt", "checkpoint.previous.pt"):
+        if (path := folder / name).exists():
             try:
-                done = max(done, read())
+                if name == "run.json":
+                    _read_finished(folder)
+                    return math.inf
+                state = _open_checkpoint(path.read_bytes(), torch.device("cpu"))
+                done = max(done, len(state["history"]["seconds"]))
             except Exception as error:
                 if suspicious:
                     raise ValueError(f"{name} in {folder.name} is damaged ({type(error).__name__})") from error
     return done
-
-
-def _checkpoint_epochs(path: Path) -> int:
-    return len(_open_checkpoint(path.read_bytes(), torch.device("cpu"))["history"]["seconds"])
 
 
 def _read_finished(folder: Path, max_bytes: int = 4 << 30) -> tuple[dict, bytes]:
@@ -1628,10 +1624,16 @@ def _read_finished(folder: Path, max_bytes: int = 4 << 30) -> tuple[dict, bytes]
         safetensors.torch.load(weights)
         if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) != found:
             raise ValueError("the weights are not those of the run")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder} holds a damaged run ({error})") from error
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder} holds a damaged run ({error})") from error
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as e:
+        raise ValueError(f"{folder} holds a damaged run ({e})") from e
     return stored, weights
 
 
