@@ -1624,16 +1624,10 @@ def _read_finished(folder: Path, max_bytes: int = 4 << 30) -> tuple[dict, bytes]
         safetensors.torch.load(weights)
         if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) != found:
             raise ValueError("the weights are not those of the run")
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        safetensors.SafetensorError,
-    ) as e:
-        raise ValueError(f"{folder} holds a damaged run ({e})") from e
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder} holds a damaged run ({error})") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder} holds a damaged run ({error})") from error
     return stored, weights
 
 
