@@ -568,6 +568,7 @@ def _download_cifar10(root: Path, sources: Sequence[str]) -> None:
                     continue
                 with tarfile.open(Path(part, "archive")) as archive:
                     archive.extractall(part, filter="data")
+                Path(part, "archive").unlink()  # a kill after the next line leaves an empty folder, not the archive
                 os.replace(Path(part, torchvision.datasets.CIFAR10.base_folder), root / "cifar-10-batches-py")
                 return
     except OSError as error:  # requests' errors are OSErrors too, but they were caught above

@@ -10,6 +10,7 @@ import torch
 from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import my_utils
@@ -418,11 +419,24 @@ def test_a_loss_that_is_not_finite(splits, store, monkeypatch, capsys, bad, merg
 
 
 def test_weights_that_break_in_an_epochs_last_step(splits, store):
-    """The loss is still finite then, but nothing that follows is; also where there is no validation to show it."""
-    for data in (splits, splits.with_val_in_train()):
-        settings = recipe(batch_size=len(data.train), learning_rate=1e38)
-        with pytest.raises(FloatingPointError, match=r"learning rate 1e\+38.* ten times smaller"):
-            fit(Tiny, data, settings)
+    """The loss is still finite then, but nothing that follows is."""
+    with pytest.raises(FloatingPointError, match=r"learning rate 1e\+38.* ten times smaller"):
+        fit(Tiny, splits, recipe(batch_size=200, learning_rate=1e38))
+    assert not list(store.glob("**/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("averaging", [None, 0.9])
+def test_weights_that_break_where_no_validation_shows_it(splits, store, averaging):
+    def spoil(optimizer, *_):
+        optimizer.param_groups[0]["params"][0].data[0] = math.nan
+
+    settings = recipe(epochs=1, batch_size=300, weight_averaging=averaging)
+    hook = register_optimizer_step_post_hook(spoil)
+    try:
+        with pytest.raises(FloatingPointError, match=r"the loss is nan at step 1 \(epoch 1\).* ten times smaller"):
+            fit(Tiny, splits.with_val_in_train(), settings)
+    finally:
+        hook.remove()
     assert not [path for path in store.rglob("*") if path.suffix in (".pt", ".json", ".safetensors")]
 
 
