@@ -1625,9 +1625,15 @@ def _read_finished(folder: Path, max_bytes: int = 4 << 30) -> tuple[dict, bytes]
         safetensors.torch.load(weights)
         if stored.get("weights_sha256", found := hashlib.sha256(weights).hexdigest()) != found:
             raise ValueError("the weights are not those of the run")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder} holds a damaged run ({error})") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{folder} holds a damaged run ({error})") from error
     return stored, weights
 
@@ -1813,11 +1819,6 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
 TTA = ("none", "flip", "flip+translate")
 
 
-def _check_split(split) -> None:
-    if not isinstance(split, Split):
-        raise TypeError(f"split is a {type(split).__name__}; it must be a Split, for example splits.test")
-
-
 @torch.no_grad()
 def predict(
     model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto", batch_size: int = 1000
@@ -1830,7 +1831,8 @@ def predict(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {model!r}; it must be an nn.Module (a Run has none where a record stood in for it)")
-    _check_split(split)
+    if not isinstance(split, Split):
+        raise TypeError(f"split is a {type(split).__name__}; it must be a Split, for example splits.test")
     _one_of("tta", tta, TTA)
     _check_number("batch_size", batch_size, 1, kind=int)
     device = next(model.parameters(), torch.zeros(())).device
@@ -1857,7 +1859,6 @@ def predict(
 
 def evaluate(model: nn.Module, split: Split, *, tta: str = "none", precision: str = "auto") -> Evaluation:
     """Return the Evaluation of a model on a split, un-augmented unless `tta` says otherwise; see `predict`, `score`."""
-    _check_split(split)
     return score(predict(model, split, tta=tta, precision=precision), split.labels)
 
 
