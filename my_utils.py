@@ -104,8 +104,9 @@ def pick_device() -> torch.device:
 def pick_precision(precision: str = "auto", device: torch.device | str | None = None) -> torch.dtype:
     """Return the number type that `torch.autocast` uses for convolutions and matrix products.
 
-    "auto" takes mixed precision only where it is really faster: bfloat16 on CUDA capability 8 and above and on CPUs
-    with AVX512_BF16 or AMX, float16 on older GPUs (a T4 only emulates bfloat16), float32 elsewhere.
+    "auto" takes mixed precision only where it is really faster: bfloat16 on CUDA capability 8 and above, on CPUs with
+    AMX and on AMD's with AVX512_BF16, float16 on older GPUs (a T4 only emulates bfloat16), float32 elsewhere. Intel's
+    cores multiply bfloat16 with AVX512_BF16 no faster than float32, and convert besides: without AMX it costs time.
     """
     _one_of("precision", precision, ("auto", "float32", "bfloat16", "float16"))
     device = torch.device(device) if device else pick_device()
@@ -116,7 +117,8 @@ def pick_precision(precision: str = "auto", device: torch.device | str | None = 
     if device.type == "cpu":
         # Where torch is too old to have get_capabilities it trains in float32, which is right, only slower.
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        doubles = capabilities.get("avx512_bf16") and "AMD" in capabilities.get("cpu_name", "")
+        if doubles or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
 

@@ -126,7 +126,7 @@ def table(splits, network, quick):
         sides = (lambda n, d=d: train(convnet(), ready, cpu, d) for d in (torch.bfloat16, torch.float32))
         compare("bfloat16, against float32", "at least 1.6", repeats, *sides)
     else:
-        row("bfloat16, against float32", target="not run: no AVX512_BF16 or AMX")
+        row("bfloat16, against float32", target="not run: not faster on this CPU")
 
     memory = subprocess.check_output([sys.executable, __file__, "--memory", *["--quick"] * quick], text=True)
     row("memory", memory.split()[-1], unit="GiB", target="below 2")

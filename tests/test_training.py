@@ -501,8 +501,10 @@ def test_fit_names_a_bad_argument(splits, store, arguments, error, says):
         ("auto", "cuda", (7, 5), torch.float16),  # a T4
         ("auto", "cuda", (8, 0), torch.bfloat16),  # an A100
         ("auto", "cuda", (9, 0), torch.bfloat16),
-        ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
-        ("auto", "cpu", {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, torch.float32),
+        ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ("auto", "cpu", {"avx512_bf16": True}, torch.float32),
         ("auto", "cpu", {"avx512_bf16": False, "avx2": True}, torch.float32),
         ("auto", "cpu", {}, torch.float32),
         ("auto", "mps", {}, torch.float32),
