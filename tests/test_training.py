@@ -505,6 +505,7 @@ def test_fit_names_a_bad_argument(splits, store, arguments, error, says):
         ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, torch.float32),
         ("auto", "cpu", {"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
         ("auto", "cpu", {"avx512_bf16": True}, torch.float32),
+        ("auto", "cpu", {"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
         ("auto", "cpu", {"avx512_bf16": False, "avx2": True}, torch.float32),
         ("auto", "cpu", {}, torch.float32),
         ("auto", "mps", {}, torch.float32),
