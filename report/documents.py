@@ -242,7 +242,8 @@ def plot_cost(records: Records, published: dict) -> Figure:
         pflop, colour = content["train_flops"] / 1e15, colours.get(name[:2], "0.3")
         label = stages.pop(name[:2], None)
         axes.errorbar(pflop, np.mean(top1), error, fmt="o", color=colour, capsize=3, label=label)
-        axes.annotate(name[3:], (pflop, np.mean(top1)), xytext=(6, -11), textcoords="offset points", fontsize="small")
+        place = {"xytext": (0, 7), "ha": "center"} if name.startswith("03") else {"xytext": (6, -11)}
+        axes.annotate(name[3:], (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
     speed = published["speed_records"]
     cost, top1 = [entry["pflop"] for entry in speed], [100 * entry["top1"] for entry in speed]
     axes.plot(cost, top1, "k*--", ms=11, linewidth=0.8, label="speed records (airbench)")
