@@ -1994,7 +1994,10 @@ def _report_dir(source: str) -> Path:
 
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
+    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several.
+
+    Accuracy with test-time augmentation has a column if any of the records has it.
+    """
     if not records or isinstance(records, Mapping):
         raise ValueError(f"records is {'a dict' if records else 'empty'}; a table needs a list of at least one")
     rows = []
@@ -2011,6 +2014,7 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
                 "name": content["name"],
                 "val top-1 %": percent(columns["val_top1"]),
                 "test top-1 %": percent(columns["test_top1"]),
+                "with TTA %": percent([entry.get("test_top1_tta") for entry in content["seeds"]]),
                 "published %": "-" if published is None else f"{100 * published:.2f}",
                 "epochs": content["epochs"],
                 "seeds": len(content["seeds"]),
@@ -2020,6 +2024,8 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows).set_index("name")
+    if (table["with TTA %"] == "-").all():
+        table = table.drop(columns="with TTA %")
     return table.rename_axis("synthetic data, not CIFAR-10") if any(r["data"] != "cifar10" for r in records) else table
 
 

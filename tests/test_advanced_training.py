@@ -108,6 +108,30 @@ def test_one_argument_restores_the_basic_block(models):
     assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_final_net_starts_near_the_identity(models, depth):
+    network = models.FinalNet(widths=(32, 40, 48), norm=True, depth=depth)
+    mixtures = [module for module in network.modules() if isinstance(module, models.Mixture)]
+    assert len(mixtures) == 3 * depth
+    for block, channels in zip(network.blocks, (24, 32, 40), strict=True):
+        x = torch.randn(2, channels, 6, 6)
+        torch.testing.assert_close(block[0](x)[:, :channels], 2**0.5 * x)
+    for mixture in mixtures:
+        x = torch.randn(2, mixture.convs[1].in_channels, 6, 6)
+        torch.testing.assert_close(mixture.convs[1](x), 2**0.5 * x)
+        assert mixture.convs[0].bank.std() > 0.01
+
+
+def test_final_net_changes_activation_and_pooling_only(models):
+    plain, final = models.ExpertNet(norm=True), models.FinalNet(norm=True)
+    names = {nn.ReLU: nn.GELU, nn.AdaptiveAvgPool2d: nn.AdaptiveMaxPool2d}
+    kinds = [type(module) for module in list(plain.modules())[1:]]
+    assert [type(module) for module in list(final.modules())[1:]] == [names.get(kind, kind) for kind in kinds]
+    assert final(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    network = models.FinalNet(mixture=models.BasicMixture)  # the basic block fits in here too
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_s4_final_has_a_norm_in_each_block_and_dropout_before_the_classifier(models):
     network = models.S4Final()
     for block in network.blocks:

@@ -93,6 +93,15 @@ def test_merged_training_has_no_validation_accuracy(splits):
     assert results_table([content])["val top-1 %"].tolist() == ["-"]
 
 
+def test_the_table_has_test_time_augmentation_where_a_record_has_it(splits):
+    run = fit(Tiny, splits, recipe())
+    plain = record("plain", [run], splits, notebook="01")
+    assert "with TTA %" not in results_table([plain])
+    better = record("better", [run], splits, notebook="01", tta="flip")
+    expected = ["-", f"{100 * evaluate(run.model, splits.test, tta='flip').top1:.2f}"]
+    assert results_table([plain, better])["with TTA %"].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("batch_size", "seen"), [(50, 200), (64, 192), (200, 200), (300, 200)], ids=["even", "rest", "one", "short"]
 )
