@@ -235,13 +235,13 @@ def plot_cost(records: Records, published: dict) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     colours = dict(zip(("01", "02", "03"), sns.color_palette("colorblind", 3), strict=True))
-    stages = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
-    tta = "with test-time augmentation, as the stars"
+    labels = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
+    labels["tta"] = "with test-time augmentation, as the stars"
     for name, content in records.items():
         top1 = [100 * entry["test_top1"] for entry in content["seeds"]]
         error = np.std(top1, ddof=1) if len(top1) > 1 else None
         pflop, colour = content["train_flops"] / 1e15, colours.get(name[:2], "0.3")
-        label = stages.pop(name[:2], None)
+        label = labels.pop(name[:2], None)
         axes.errorbar(pflop, np.mean(top1), error, fmt="o", color=colour, capsize=3, label=label)
         twice = all("test_top1_tta" in entry for entry in content["seeds"])  # two points, the label below them
         centred = {"xytext": (0, -17 if twice else 7), "ha": "center"}
@@ -249,8 +249,7 @@ def plot_cost(records: Records, published: dict) -> Figure:
         axes.annotate(name[3:], (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
         if twice:
             better = 100 * np.mean([entry["test_top1_tta"] for entry in content["seeds"]])
-            axes.plot(pflop, better, "o", color=colour, fillstyle="none", label=tta)
-            tta = None
+            axes.plot(pflop, better, "o", color=colour, fillstyle="none", label=labels.pop("tta", None))
     speed = published["speed_records"]
     cost, top1 = [entry["pflop"] for entry in speed], [100 * entry["top1"] for entry in speed]
     axes.plot(cost, top1, "k*--", ms=11, linewidth=0.8, label="speed records (airbench)")
@@ -281,7 +280,7 @@ PLOTS = {
         "02_ablation_.*", plot_ablation, "Validation accuracy of each arm of the ablation, a dot per seed"
     ),
     "accuracy_cost": Plot(
-        "(?!.*_(ablation|ladder|twin)).*",
+        "(?!.*(_(ablation|ladder)_|_twin$)).*",
         plot_cost,
         "Test accuracy against training cost on a logarithmic axis: our networks, and airbench's speed records",
         always=True,

@@ -119,7 +119,7 @@ def test_final_net_starts_near_the_identity(models, depth):
     for mixture in mixtures:
         x = torch.randn(2, mixture.convs[1].in_channels, 6, 6)
         torch.testing.assert_close(mixture.convs[1](x), 2**0.5 * x)
-        assert mixture.convs[0].bank.std() > 0.01
+        assert mixture.convs[0].bank.all()  # the other expert keeps its random filters: none of them is 0
 
 
 def test_final_net_changes_activation_and_pooling_only(models):

@@ -278,9 +278,21 @@ def test_the_complete_report(project):
         assert f"{content['parameters']:,}" in text
     assert "S0 (common recipe, longer, 30 epochs against 65)" in text  # 93 % beats 92 %
     assert "S0, common recipe (−7.00 points after 10 of 65 epochs)" in text
+    assert "fast reaches 94.25 ± 0.13 % instead of 93.25 ± 0.13 %" in text  # with test-time augmentation
+    assert "for the least: fast, 94.25 ± 0.13 % for" in text  # compared as the speed records are
     assert "+0.30 ± 0.00" in text  # the steps of the ladder and the arms differ by the same in every seed
     # Rung 8 falls back to the start; rung 9 is compared with rung 7, the last one kept, and not with rung 8.
     assert text.count("−3.50 ± 0.00") == 2 and text.count("−3.00 ± 0.00") == 2  # in the table, and below it
+
+
+def test_the_cost_figure_shows_test_time_augmentation_and_leaves_twins_out():
+    plot, records = documents.PLOTS["accuracy_cost"], complete()
+    assert re.fullmatch(plot.uses, "03_fast") and not re.fullmatch(plot.uses, "03_fast_twin")
+    assert not re.fullmatch(plot.uses, "02_ablation_softmax") and re.fullmatch(plot.uses, "05_twins")
+    [axes] = plot.draw({name: records[name] for name in ("02_s0", "03_fast", "03_strong")}, PUBLISHED).axes
+    [hollow] = [line for line in axes.lines if line.get_fillstyle() == "none"]
+    assert hollow.get_ydata() == pytest.approx([94.25])
+    assert [line.get_label() for line in axes.lines].count(hollow.get_label()) == 1
 
 
 def test_a_figure_without_alternative_text_is_named(project):
