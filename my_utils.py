@@ -832,6 +832,22 @@ class Muon(torch.optim.Muon):
             return super().step(closure)
 
 
+class NormalizedMuon(Muon):
+    """Muon that scales each matrix back to the Frobenius norm sqrt(rows) after each step: only its direction changes.
+
+    For filter banks before BatchNorm, where the norm does not change the output. From the current scripts of airbench
+    by the author of Jordan et al., 2024.
+    """
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for matrix in group["params"]:
+                    matrix.copy_(F.normalize(matrix, dim=(0, 1)) * len(matrix) ** 0.5)
+        return loss
+
+
 class _Float32ForBfloat16(TorchFunctionMode):
     """A context in which `tensor.bfloat16()` returns a float32 copy."""
 
@@ -841,7 +857,10 @@ class _Float32ForBfloat16(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
+OPTIMIZERS = {
+    **{"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW},
+    **{"muon": Muon, "normalized_muon": NormalizedMuon},
+}
 SCHEDULES = {  # and the arguments that each takes
     "constant": (),
     "step": ("epochs", "gamma"),
@@ -857,7 +876,8 @@ SCHEDULES = {  # and the arguments that each takes
 class Recipe:
     """Everything that decides how a model is trained; plain values, so that it can be written down as JSON.
 
-    optimizer: "sgd", "adam", "adamw", or "muon" (Jordan et al., 2024), which takes 2-D parameters only
+    optimizer: "sgd", "adam", "adamw"; or "muon" (Jordan et al., 2024) and "normalized_muon", which take 2-D parameters
+        only
     optimizer_args: further arguments of the torch class, for example {"momentum": 0.9, "weight_decay": 5e-4}
     overrides: other values for the parameters whose name fits a pattern (the last that fits wins), for example
         {"*.bias": {"weight_decay": 0.0}}; or another optimizer, with its own arguments, for example

@@ -66,7 +66,11 @@ def test_recipe_survives_json(settings):
         ({"epochs": True}, TypeError, r"epochs is True \(bool\); it must be"),
         ({"batch_size": 0}, ValueError, "batch_size is 0; it may be from 1"),
         ({"batch_size": "128"}, TypeError, r"batch_size is '128' \(str\); it must be"),
-        ({"optimizer": "lion"}, ValueError, "optimizer is 'lion'; it may be one of sgd, adam, adamw, muon"),
+        (
+            {"optimizer": "lion"},
+            ValueError,
+            "optimizer is 'lion'; it may be one of sgd, adam, adamw, muon, normalized_muon",
+        ),
         ({"optimizer": ["sgd"]}, ValueError, "optimizer is .* one of sgd"),
         ({"optimizer_args": None}, TypeError, "optimizer_args is None"),
         ({"learning_rate": -0.1}, ValueError, "learning_rate is -0.1; it may be from 0"),
@@ -168,6 +172,21 @@ def test_muon_steps_as_torchs_does_in_the_number_type_that_is_fast(monkeypatch, 
     assert (weights[my_utils.Muon] - first).abs().max() > 0.1
 
 
+def test_normalized_muon_steps_as_muon_and_keeps_the_norm(seeded):
+    first, gradient, weights = torch.randn(6, 20), torch.randn(6, 20), {}
+    for kind in (my_utils.Muon, my_utils.NormalizedMuon):
+        weights[kind] = nn.Parameter(first.clone())
+        optimizer = kind([weights[kind]], lr=0.1, weight_decay=0.0)
+        weights[kind].grad = gradient.clone()
+        optimizer.step()
+    stepped = weights[my_utils.Muon].detach()
+    torch.testing.assert_close(weights[my_utils.NormalizedMuon].detach(), stepped * 6**0.5 / stepped.norm())
+    zero = nn.Parameter(torch.zeros(6, 20))
+    zero.grad = torch.zeros(6, 20)
+    my_utils.NormalizedMuon([zero], lr=0.1).step()
+    assert torch.equal(zero.detach(), torch.zeros(6, 20))
+
+
 def test_another_optimizer_brings_its_own_arguments():
     model = Tiny()
     overrides = {"norm.*": {"optimizer": "adam", "learning_rate": 0.003}}
@@ -264,7 +283,7 @@ def test_onecycle_of_any_length(steps, schedule_args):
 @pytest.mark.parametrize("optimizer", my_utils.OPTIMIZERS)
 def test_every_optimizer_trains_with_every_schedule(splits, optimizer, schedule):
     arguments = {"epochs": 1} if schedule == "step" else {}
-    overrides = dict.fromkeys(["conv.*", "norm.*", "*.bias"], REST) if optimizer == "muon" else {}
+    overrides = dict.fromkeys(["conv.*", "norm.*", "*.bias"], REST) if "muon" in optimizer else {}
     settings = {"optimizer": optimizer, "overrides": overrides, "schedule": schedule, "schedule_args": arguments}
     run = fit(Tiny, splits, recipe(epochs=1, **settings))
     before = first_weights(Tiny)
