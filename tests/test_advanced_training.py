@@ -115,21 +115,34 @@ def test_final_net_starts_near_the_identity(models, depth):
     assert len(mixtures) == 3 * depth
     for block, channels in zip(network.blocks, (24, 32, 40), strict=True):
         x = torch.randn(2, channels, 6, 6)
-        torch.testing.assert_close(block[0](x)[:, :channels], 2**0.5 * x)
+        torch.testing.assert_close(block[0](x)[:, :channels], x)
+        assert block[0].bank[channels:].all()  # the others keep their random weights: none of them is 0
     for mixture in mixtures:
         x = torch.randn(2, mixture.convs[1].in_channels, 6, 6)
-        torch.testing.assert_close(mixture.convs[1](x), 2**0.5 * x)
-        assert mixture.convs[0].bank.all()  # the other expert keeps its random filters: none of them is 0
+        torch.testing.assert_close(mixture(x), x)
 
 
-def test_final_net_changes_activation_and_pooling_only(models):
+def test_final_net_changes_activation_pooling_gates_and_head(models):
     plain, final = models.ExpertNet(norm=True), models.FinalNet(norm=True)
-    names = {nn.ReLU: nn.GELU, nn.AdaptiveAvgPool2d: nn.AdaptiveMaxPool2d}
+    names = {nn.ReLU: nn.GELU, nn.AdaptiveAvgPool2d: nn.AdaptiveMaxPool2d, models.ExpertGate: models.FinalGate}
+    names |= {models.Classifier: nn.Sequential}
     kinds = [type(module) for module in list(plain.modules())[1:]]
     assert [type(module) for module in list(final.modules())[1:]] == [names.get(kind, kind) for kind in kinds]
-    assert final(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(final(x) * 96, final.head(final.blocks(final.first(x))))
+    assert final.head[-1].bias is None
+    norms = [module for module in final.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 6 and not any(norm.weight.requires_grad for norm in norms)
     network = models.FinalNet(mixture=models.BasicMixture)  # the basic block fits in here too
-    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert network(x).shape == (2, 10)
+
+
+def test_final_gate_gives_the_same_weights_and_a_gradient_in_channels_last_order(models):
+    gate, x = models.FinalGate(8, num_experts=2), torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(gate(x), models.ExpertGate.forward(gate, x))
+    x.requires_grad_()
+    [gradient] = torch.autograd.grad(gate(x)[:, 0].sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_s4_final_has_a_norm_in_each_block_and_dropout_before_the_classifier(models):
