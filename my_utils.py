@@ -858,8 +858,11 @@ class _Float32ForBfloat16(TorchFunctionMode):
 
 
 OPTIMIZERS = {
-    **{"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW},
-    **{"muon": Muon, "normalized_muon": NormalizedMuon},
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "muon": Muon,
+    "normalized_muon": NormalizedMuon,
 }
 SCHEDULES = {  # and the arguments that each takes
     "constant": (),
@@ -876,8 +879,7 @@ SCHEDULES = {  # and the arguments that each takes
 class Recipe:
     """Everything that decides how a model is trained; plain values, so that it can be written down as JSON.
 
-    optimizer: "sgd", "adam", "adamw"; or "muon" (Jordan et al., 2024) and "normalized_muon", which take 2-D parameters
-        only
+    optimizer: "sgd", "adam", "adamw"; for 2-D parameters only, "muon" (Jordan et al., 2024) or "normalized_muon"
     optimizer_args: further arguments of the torch class, for example {"momentum": 0.9, "weight_decay": 5e-4}
     overrides: other values for the parameters whose name fits a pattern (the last that fits wins), for example
         {"*.bias": {"weight_decay": 0.0}}; or another optimizer, with its own arguments, for example
