@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import partial
 
@@ -512,6 +514,12 @@ def test_fit_names_a_bad_argument(splits, store, arguments, error, says):
 
 
 # --- Precision ---
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(True), reason="this CPU cannot")
+def test_numbers_that_slow_a_cpu_down_count_as_zero():
+    script = "import my_utils, torch; print((torch.full((1 << 20,), 1e-20) * 1e-20).count_nonzero().item())"
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=my_utils.ROOT, text=True) == "0\n"
 
 
 @pytest.mark.parametrize(
