@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from dataclasses import asdict
@@ -520,6 +521,25 @@ def test_fit_names_a_bad_argument(splits, store, arguments, error, says):
 def test_numbers_that_slow_a_cpu_down_count_as_zero():
     script = "import my_utils, torch; print((torch.full((1 << 20,), 1e-20) * 1e-20).count_nonzero().item())"
     assert subprocess.check_output([sys.executable, "-c", script], cwd=my_utils.ROOT, text=True) == "0\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+def test_a_process_keeps_the_memory_of_freed_tensors():
+    script = """
+import resource
+import my_utils, torch
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(20):
+    torch.ones(1 << 25)  # 128 MiB, freed at once
+before = page_faults()
+for _ in range(10):
+    torch.ones(1 << 25)
+print((page_faults() - before) / (10 * (128 << 20) / resource.getpagesize()))
+"""
+    assert float(subprocess.check_output([sys.executable, "-c", script], cwd=my_utils.ROOT, text=True)) < 0.05
 
 
 @pytest.mark.parametrize(
