@@ -159,6 +159,7 @@ def describe_setup() -> None:
     print(f"device    {describe_device()}, {precision}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"run size  {run_size()} (set RUN_SIZE to smoke, quick or full), seeds {len(seeds())} (set SEEDS)")
+    _say_without_gpu()
 
 
 def _one_of(name: str, value, allowed: Sequence):
@@ -239,30 +240,51 @@ def _write_json(path: Path, content) -> None:
     _write(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
-def models_of(notebook: str, repository: str = "") -> types.ModuleType:
-    """Return what another notebook of the series builds, its cells tagged `model`, as a module.
+# --- Colab ---
 
-    The notebook is looked for in notebooks/ and beside this file. If it is in neither, it is fetched from the address
-    `repository`, which holds this file; without an address it has to be put there.
+
+def _say_without_gpu() -> None:
+    """On Colab, say how to get a GPU if there is none."""
+    if "COLAB_RELEASE_TAG" in os.environ and pick_device().type == "cpu":
+        print("No GPU: choose Runtime > Change runtime type > T4 GPU, or go on slowly on the CPU.")
+
+
+def _find_notebook(notebook: str) -> Path:
+    """Return where a notebook of the series lies: in notebooks/, or beside this file under any name.
+
+    Files that were uploaded to Colab lie beside this one and may have new names. A notebook is known by its heading:
+    that of 02_intermediate_blocks begins with "# 2. Intermediate blocks".
 
     Raises:
-        FileNotFoundError: the notebook is nowhere.
-        OSError: it cannot be fetched.
+        FileNotFoundError: it is in neither folder.
+    """
+    path = ROOT / "notebooks" / f"{notebook}.ipynb"
+    if path.exists():
+        return path
+    for path in sorted(ROOT.glob("*.ipynb"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # this one is no notebook
+            heading = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).lower()
+            if re.sub(r"\W+", "_", heading).startswith(f"_{notebook.lstrip('0')}"):
+                return path
+    raise FileNotFoundError(
+        f"{notebook}.ipynb is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one of them"
+    )
+
+
+# --- End of Colab ---
+
+
+def models_of(notebook: str) -> types.ModuleType:
+    """Return what another notebook of the series builds, its cells tagged `model`, as a module.
+
+    Raises:
+        FileNotFoundError: the notebook is neither in notebooks/ nor beside this file.
         ValueError: the name leads elsewhere, or the file is no notebook.
     """
     if not re.fullmatch(r"[\w .-]*\w", str(notebook)):
         raise ValueError(f"notebook is {notebook!r}; it must be the name of a notebook, without folder and .ipynb")
-    name = f"{notebook}.ipynb"
-    path = next((path for path in (ROOT / "notebooks" / name, ROOT / name) if path.exists()), None)
-    if path is None and not repository:
-        raise FileNotFoundError(f"{name} is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one of them")
-    if path is None:
-        answer = requests.get(f"{repository}/notebooks/{name}", timeout=(CONNECT_TIMEOUT, STALL_TIMEOUT))
-        answer.raise_for_status()
-        path = ROOT / name
-        with _files_lock():
-            _write(path, answer.content)
-    sources = ["import my_utils as utils", f"REPOSITORY = {repository!r}"]  # which the set-up cell defines
+    path = _find_notebook(notebook)
+    sources = ["import my_utils as utils"]  # which the set-up cell does
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources += ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
@@ -2118,7 +2140,7 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
         return None
     from IPython.display import Image, display
 
-    image = Image(buffer.getvalue(), format="png", alt=alt)
+    image = Image(buffer.getvalue(), format="png", metadata={"alt": alt})  # IPython 7 has no `alt`
     if handle is None:
         return display(image, display_id=True)
     handle.update(image)
