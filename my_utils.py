@@ -263,8 +263,9 @@ def _find_notebook(notebook: str) -> Path:
         return path
     for path in sorted(ROOT.glob("*.ipynb"), key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError, LookupError, TypeError):  # this one is no notebook
-            heading = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).lower()
-            if re.sub(r"\W+", "_", heading).startswith(f"_{notebook.lstrip('0')}"):
+            text = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+            heading = re.sub(r"\W+", "_", re.search(r"^# (.*)", text, re.MULTILINE)[1].lower())
+            if heading.startswith(notebook.lstrip("0")):
                 return path
     raise FileNotFoundError(
         f"{notebook}.ipynb is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one of them"

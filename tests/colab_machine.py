@@ -16,6 +16,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = ROOT / "tests" / "colab"
+HOST = f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 1}"  # nobody else's
 REPOSITORY, BRANCH = "https://github.com/someone/experts", "a/branch"
 EXECUTE = """
 import sys, nbformat
@@ -52,7 +53,7 @@ def listing(answer: str, status: int = 200, wait: float = 0) -> Iterator[None]:
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.9.0.1", 9000), Handler) as server:
+    with http.server.ThreadingHTTPServer((HOST, 9000), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
         server.shutdown()
@@ -72,12 +73,14 @@ def variables(python: str, public: Path, uploads: Path | None = None) -> dict[st
     """
     kept = {name: value for name, value in os.environ.items() if name not in ("RUNS_DIR", "RECORD", "CIFAR10_ROOT")}
     path = [str(STAND_INS / "bin"), str(Path(python).parent), os.environ["PATH"]]
+    path_and_host = {"PATH": os.pathsep.join(path), "HOST": HOST}  # what the stand-in of `hostname` prints
     git = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{public.as_uri()}.insteadOf"}
+    git |= {"GIT_CONFIG_VALUE_0": REPOSITORY, "GIT_TERMINAL_PROMPT": "0"}
     return (
         kept
         | {"COLAB_RELEASE_TAG": "release-colab", "RUN_SIZE": "smoke", "PYTHONPATH": str(STAND_INS), "no_proxy": "*"}
-        | {"PATH": os.pathsep.join(path), "GIT_CONFIG_VALUE_0": REPOSITORY, "GIT_TERMINAL_PROMPT": "0"}
         | git
+        | path_and_host
         | ({"UPLOADS": str(uploads)} if uploads else {})
     )
 
@@ -141,7 +144,7 @@ def run(path: Path, python: str, folder: Path, public: Path, way: str) -> bool:
                 shutil.copy(file, uploads / f"{file.stem} (1){file.suffix}")  # downloaded twice
     executed = folder / path.name
     nbformat.write(notebook, executed)
-    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchmetrics", "lightning-utilities"])
+    subprocess.run([python, "-m", "pip", "uninstall", "-qq", "--yes", "torchmetrics", "lightning-utilities"])
     start = time.monotonic()
     with listing(session(path.stem) if way == "opened" else "[]"):
         command = [python, "-c", EXECUTE, executed, content]
