@@ -355,7 +355,7 @@ def test_the_address_is_set_everywhere_and_can_be_set_again(project):
         assert path in written and path.stem == name
         text = path.read_text(encoding="utf-8")
         assert text.count(link) == 1 and f'REPOSITORY = \\"{ADDRESS}\\"' in text
-    assert not [path for path in written if "another" in path.read_text(encoding="utf-8")]
+    assert not [path for path in written if "another/fork" in path.read_text(encoding="utf-8")]
     documents.set_address(project, "")
     assert {path: path.read_bytes() for path in before} == before
 

@@ -17,10 +17,12 @@ from statistics import median
 
 import colab_machine
 import nbformat
+import numpy as np
 import pytest
 import torch
 from check_links import texts
 from nbconvert import ScriptExporter
+from PIL import Image
 
 import my_utils as utils
 
@@ -94,7 +96,9 @@ def strings(node) -> Iterator[str]:
 
 
 def test_no_path_of_a_machine(path):
-    assert [line for text in strings(read(path)) for line in text.splitlines() if MACHINE_PATH.search(line)] == []
+    setup = setup_source(path)  # which looks for /notebooks/ in an address
+    lines = [line for text in strings(read(path)) if text != setup for line in text.splitlines()]
+    assert [line for line in lines if MACHINE_PATH.search(line)] == []
 
 
 @pytest.mark.parametrize("text", ["/home/me/x.py", "in '/root/x'", "(/Users/me/x)", "/tmp/x", r"C:\x", "file:///x"])
@@ -221,6 +225,61 @@ def test_network(models):
     assert logits.shape == (6, 10)
     torch.nn.functional.cross_entropy(logits, torch.arange(6)).backward()
     assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+# Notebook 03: your own picture
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """A function that shows the files in PICTURES, as the cells of notebook 03 do, and returns the images taken."""
+    reader, chooser = (
+        next(cell.source for cell in code_cells(NOTEBOOKS / "03_advanced_training.ipynb") if text in cell.source)
+        for text in ("def read_picture", "PICTURES = []")
+    )
+    chooser = chooser.split("chosen =")[0]
+
+    def take(pictures):
+        names = {"np": np, "os": os, "torch": torch}
+        exec(reader, names)
+        exec(chooser.replace("PICTURES = []", f"PICTURES = {pictures!r}"), names)
+        return names["images"]
+
+    return take
+
+
+def test_sound_pictures_are_shown_and_damaged_ones_named(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 50), "red").save("cat.jpg")
+    for name in ("cut.avif", "cut.png"):
+        Image.effect_noise((64, 64), 50).save(name)
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[: len(content) * 9 // 10])
+    assert len(pictures(["cut.avif", "cat.jpg", "none.png", "cut.png", "cat.jpg"])) == 1
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"{name} cannot be read as a picture" for name in ("cut.avif", "none.png", "cut.png")]
+
+
+def test_one_picture_needs_no_list(pictures, tmp_path):
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "cat.png")
+    [image] = pictures(str(tmp_path / "cat.png"))
+    assert image[0, :, 16, 16].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "grey"), [(128, "uint8", 128), (32896, "uint16", 128), (65535, "uint16", 255)]
+)
+def test_grey_levels_are_scaled(pictures, tmp_path, value, dtype, grey):
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "grey.png")
+    [image] = pictures(str(tmp_path / "grey.png"))
+    assert image.unique().tolist() == [grey]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(70000, "int32"), (-1, "int32"), (0.5, "float32")])
+def test_more_than_16_bits_are_refused(pictures, tmp_path, capsys, value, dtype):
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "deep.tif")
+    assert pictures(str(tmp_path / "deep.tif")) == []
+    assert "deep.tif cannot be read as a picture: it has more than 16 bits a pixel" in capsys.readouterr().out
 
 
 # The set-up cell, on Colab and elsewhere
