@@ -16,7 +16,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = ROOT / "tests" / "colab"
-HOST = f"127.{os.getpid() >> 16 & 255}.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 1}"  # nobody else's
+HOST = f"127.{os.getpid() >> 14}.{os.getpid() >> 7 & 127}.{1 + (os.getpid() & 127)}"  # of this process alone
 REPOSITORY, BRANCH = "https://github.com/someone/experts", "a/branch"
 EXECUTE = """
 import sys, nbformat
@@ -71,18 +71,21 @@ def variables(python: str, public: Path, uploads: Path | None = None) -> dict[st
 
     The folder `public` stands for the repository on GitHub, and `uploads` holds the files that a student chooses.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in ("RUNS_DIR", "RECORD", "CIFAR10_ROOT")}
     path = [str(STAND_INS / "bin"), str(Path(python).parent), os.environ["PATH"]]
-    path_and_host = {"PATH": os.pathsep.join(path), "HOST": HOST}  # what the stand-in of `hostname` prints
-    git = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{public.as_uri()}.insteadOf"}
-    git |= {"GIT_CONFIG_VALUE_0": REPOSITORY, "GIT_TERMINAL_PROMPT": "0"}
-    return (
-        kept
-        | {"COLAB_RELEASE_TAG": "release-colab", "RUN_SIZE": "smoke", "PYTHONPATH": str(STAND_INS), "no_proxy": "*"}
-        | git
-        | path_and_host
-        | ({"UPLOADS": str(uploads)} if uploads else {})
-    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("RUNS_DIR", "RECORD", "CIFAR10_ROOT")}
+    return kept | {
+        "COLAB_RELEASE_TAG": "release-colab",
+        "RUN_SIZE": "smoke",
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": str(STAND_INS),
+        "HOST": HOST,  # what the stand-in of `hostname` prints
+        "UPLOADS": str(uploads or ""),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{public.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": REPOSITORY,
+        "GIT_TERMINAL_PROMPT": "0",
+        "no_proxy": "*",
+    }
 
 
 def find_python() -> str:
