@@ -142,6 +142,8 @@ def describe_setup() -> None:
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     what = "replay: finished runs are loaded, others trained" if replaying() else "training"
     print(f"run size  {run_size()}, {what}")
+    if "COLAB_RELEASE_TAG" in os.environ and pick_device().type == "cpu":
+        print("No GPU: choose Runtime > Change runtime type > T4 GPU, or go on slowly on the CPU.")
 
 
 def one_of(name: str, value, allowed: Sequence):
@@ -1446,12 +1448,12 @@ def models_of(notebook: str) -> types.ModuleType:
     """Return what another notebook of the series builds, its cells tagged `model`, as a module.
 
     Raises:
-        FileNotFoundError: the notebook is neither in notebooks/ nor beside this file.
+        FileNotFoundError: the notebook is neither in notebooks/ nor, under any name, beside this file.
     """
-    name = f"{notebook}.ipynb"
-    path = next((path for path in (ROOT / "notebooks" / name, ROOT / name) if path.exists()), None)
+    places, heading = (ROOT / "notebooks" / f"{notebook}.ipynb", *ROOT.glob("*.ipynb")), f'"# {int(notebook[:2])}. '
+    path = next((path for path in places if path.exists() and heading in path.read_text(encoding="utf-8")), None)
     if path is None:
-        raise FileNotFoundError(f"{name} is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one of them")
+        raise FileNotFoundError(f"{notebook}.ipynb is neither in {ROOT / 'notebooks'} nor in {ROOT}; put it into one")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if "model" in cell["metadata"].get("tags", [])]
     module = sys.modules[f"models_of_{notebook}"] = types.ModuleType(f"models_of_{notebook}")

@@ -6,7 +6,7 @@ read, <name>.html; build/index.html leads to all pages. The accuracies at the en
 records that the notebooks wrote meanwhile. The exit status is 1 if a notebook failed and 130
 after Ctrl-C.
 
---report, --check and --pages run no notebook. The first two need the committed records alone.
+--report, --check, --pages and --address run no notebook. The first two need the committed records alone.
 """
 
 import argparse
@@ -218,6 +218,20 @@ def build_or_check_report(check: bool) -> int:
     return 1 if check and lines else 0
 
 
+def set_address(text: str) -> int:
+    """Write the address of the series on GitHub wherever it belongs. Returns the exit status."""
+    import address
+    import documents
+
+    try:
+        place = address.github_address(ROOT, text)
+        print(f"The series is at {place}. Changed:", *documents.set_address(ROOT, place), sep="\n")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the notebooks that the command line `arguments` name, all by default. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,12 +240,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode.add_argument("--report", action="store_true", help="build report.pdf, its figures and the README's tables")
     mode.add_argument("--check", action="store_true", help="fail with a list if one of them does not fit the records")
     mode.add_argument("--pages", action="store_true", help="build the pages with the notebooks' stored outputs")
+    mode.add_argument(
+        "--address", nargs="?", const="", help="set the address on GitHub, for Colab's badges; default: that of origin"
+    )
     options = parser.parse_args(arguments)
     names = options.names
-    if names and (options.report or options.check or options.pages):
+    if names and (options.report or options.check or options.pages or options.address is not None):
         parser.error("a NOTEBOOK can be named only to be run")
     if options.report or options.check:
         return build_or_check_report(options.check)
+    if options.address is not None:
+        return set_address(options.address)
     if options.pages:
         print(*build_site(ROOT, stored=True), sep="\n")
         return 0

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import address
 import jsonschema
-import nbformat
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -25,10 +25,6 @@ from pypdf import PdfReader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import my_utils as utils
-
-# The public address of this project on GitHub as "owner/name", its branch being "main". While it is empty, the README
-# has no badges. The set-up cells of the notebooks name the same place, which `check` verifies.
-REPOSITORY = ""
 
 Records = Mapping[str, dict]
 
@@ -374,29 +370,12 @@ def results_markdown(records: Records) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
-def colab_address(repository: str, notebook: str) -> str:
-    """Return the address that opens a notebook of a GitHub repository, "owner/name", in Colab."""
-    return f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{notebook}.ipynb"
-
-
-def raw_address(repository: str) -> str:
-    """Return the address of the repository's files as raw text: what REPOSITORY in the notebooks must be."""
-    return f"https://raw.githubusercontent.com/{repository}/main" if repository else ""
-
-
-def colab_markdown(root: Path, repository: str) -> str:
-    """Return a badge per notebook that opens it in Colab, or how to do without while there is no address."""
-    if not repository:
-        return "Open a notebook there with File > Upload notebook; its set-up cell then asks you for `my_utils.py`."
-    badge = "https://colab.research.google.com/assets/colab-badge.svg"
-    names = [path.stem for path in sorted((root / "notebooks").glob("*.ipynb"))]
-    return "\n".join(f"[![Open {name} in Colab]({badge})]({colab_address(repository, name)})" for name in names)
-
-
-def fill_readme(root: Path, records: Records, repository: str = REPOSITORY) -> str:
+def fill_readme(root: Path, records: Records) -> str:
     """Return the README with what stands between its markers made anew."""
     text = (root / "README.md").read_text(encoding="utf-8")
-    for name, content in (("results", results_markdown(records)), ("colab", colab_markdown(root, repository))):
+    place = address.read_address(root)
+    contents = {"results": results_markdown(records), "colab": address.colab_markdown(root, place)}
+    for name, content in (contents | {"citation": address.citation_markdown(place)}).items():
         start, end = f"<!-- {name}: written by report/build.py -->\n\n", f"\n\n<!-- end of {name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
             raise ValueError(f"README.md must have the lines {start.strip()!r} and {end.strip()!r} once each")
@@ -421,7 +400,16 @@ def build(root: Path) -> list[Path]:
     return [*(path for name, path in _figures(root / "report").items() if name in PLOTS), pdf, readme]
 
 
-def check(root: Path, repository: str = REPOSITORY) -> list[str]:
+def set_address(root: Path, place: str) -> list[Path]:
+    """Write the address of the series on GitHub into the notebooks and the README. Returns what it wrote."""
+    written = address.write_notebooks(root, place)
+    readme = root / "README.md"
+    text = fill_readme(root, read_records(root / "report" / "results"))
+    readme.write_text(text, encoding="utf-8", newline="\n")
+    return [*written, readme]
+
+
+def check(root: Path) -> list[str]:
     """Return what does not fit the committed records, a line each. No line, all is up to date.
 
     Figures that need weights are written by the notebooks; each must name trainings that the records hold.
@@ -450,11 +438,10 @@ def check(root: Path, repository: str = REPOSITORY) -> list[str]:
         problems.append("report/report.pdf: missing")
     elif PdfReader(report / "report.pdf").metadata.get("/Keywords") != _report_digest(report, records):
         problems.append("report/report.pdf: not built from the committed records, figures and text")
-    if fill_readme(root, records, repository) != (root / "README.md").read_text(encoding="utf-8"):
-        problems.append("README.md: its tables or badges do not fit the committed records")
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        stated = re.search(r'^REPOSITORY = "(.*?)"', code, re.MULTILINE)
-        if stated and stated[1] != raw_address(repository):
-            problems.append(f"notebooks/{path.name}: REPOSITORY is {stated[1]!r}, not {raw_address(repository)!r}")
+    if fill_readme(root, records) != (root / "README.md").read_text(encoding="utf-8"):
+        problems.append("README.md: its tables, badges or citation do not fit the committed records")
+    place = address.read_address(root)
+    for path in address.notebooks(root):
+        if address.fill_notebook(path, place) != json.loads(path.read_text(encoding="utf-8")):
+            problems.append(f"notebooks/{path.name}: its REPOSITORY or badge is not that of notebook 1, {place!r}")
     return problems

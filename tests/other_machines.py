@@ -2,6 +2,7 @@
 
 - oldest: the lowest versions that requirements.txt allows, installed into an environment of their own.
 - small: one core, 4 GB of memory for each process, and no AVX512.
+- colab: the versions that Google Colab has, and a stand-in for its dialogs; only the notebooks run there.
 - abroad: a folder with spaces and letters that are not English, a locale without UTF-8, another time zone.
 
 Each runs in a fresh clone of what is committed; without a name, one after the other. The exit status is 1 if any fails.
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import colab_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 4 << 30  # bytes
@@ -39,9 +42,11 @@ def shrink() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
-def test(name: str) -> bool:
+def test(name: str, environment: Path | None = None) -> bool:
     """Whether the tests pass on the machine of that name."""
     with tempfile.TemporaryDirectory() as folder:
+        if name == "colab":
+            return colab_machine.test(Path(folder), environment)
         clone = Path(folder) / ("Übung 1 – CIFAR 10" if name == "abroad" else "clone")
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
         python = install_oldest(clone, Path(folder)) if name == "oldest" else sys.executable
@@ -54,12 +59,14 @@ def test(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    machines = ("oldest", "small", "abroad")
+    machines = ("oldest", "small", "abroad", "colab")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="oldest, small or abroad; default: all")
-    names = parser.parse_args().names or machines
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(machines)}; default: all")
+    parser.add_argument("--environment", type=Path, help="where colab's packages are, or shall be kept")
+    options = parser.parse_args()
+    names = options.names or machines
     if unknown := set(names) - set(machines):
         parser.error(f"there is no machine {', '.join(sorted(unknown))}")
-    passed = {name: test(name) for name in names}
+    passed = {name: test(name, options.environment) for name in names}
     print("\n".join(f"{name:8} {'passed' if passed[name] else 'FAILED'}" for name in names))
     sys.exit(0 if all(passed.values()) else 1)

@@ -6,10 +6,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import address
 import documents
 import pytest
+from pages import build_site
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pypdf import PdfReader
@@ -168,8 +172,8 @@ DRAWN = ["01_baseline_val.png", "01_baseline_confusion.png", "accuracy_cost.png"
         (edit("report/published.json", "0.29", "0.3"), ["accuracy_cost.png", "report.pdf"]),
         (edit("README.md", "| 281,340 |", "| 281,341 |"), ["README.md"]),
         (
-            edit("notebooks/01_baseline.ipynb", 'REPOSITORY = \\"\\"', 'REPOSITORY = \\"https://a\\"'),
-            ["01_baseline.ipynb"],
+            edit("notebooks/03_advanced_training.ipynb", 'REPOSITORY = \\"\\"', 'REPOSITORY = \\"https://a\\"'),
+            ["03_advanced_training.ipynb"],
         ),
         (edit(RESULT, '"epochs": 10', '"epochs": "ten"'), ["01_baseline.json"]),
     ],
@@ -333,22 +337,74 @@ def test_the_results_table_shows_headline_records_with_links(project):
     assert documents.results_markdown({}) == "No training has been recorded yet."
 
 
-def test_colab_badges_lead_to_the_notebooks(project):
-    text = documents.fill_readme(project, {}, "someone/experts")
+ADDRESS = "https://github.com/someone/experts"
+
+
+def test_the_address_is_set_everywhere_and_can_be_set_again(project):
+    before = {path: path.read_bytes() for path in (project / "notebooks").glob("*.ipynb")}
+    documents.set_address(project, "https://github.com/another/fork")
+    written = documents.set_address(project, ADDRESS)
+    assert documents.check(project) == []
     start = "https://colab.research.google.com/github/someone/experts/blob/main/"
-    found = re.findall(r"\[!\[Open (\w+) in Colab\]\(\S+\)\]\((\S+)\)", text)
-    assert [name for name, _ in found] == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    for name, address in found:
-        assert address.startswith(start)
-        assert (ROOT / address.removeprefix(start)).is_file() and Path(address).stem == name
-    # The set-up cells must name the same repository.
-    problems = [line for line in documents.check(project, "someone/experts") if line.startswith("notebooks/")]
-    assert len(problems) == len(found)
-    assert "https://raw.githubusercontent.com/someone/experts/main" in problems[0]
+    readme = (project / "README.md").read_text(encoding="utf-8")
+    badges = dict(re.findall(r"\[!\[Open (\w+) in Colab\]\(\S+\)\]\((\S+)\)", readme))
+    assert list(badges) == [path.stem for path in sorted(before)]
+    assert f"url = {{{ADDRESS}}}" in readme
+    for name, link in badges.items():
+        path = project / link.removeprefix(start)
+        assert path in written and path.stem == name
+        text = path.read_text(encoding="utf-8")
+        assert text.count(link) == 1 and f'REPOSITORY = \\"{ADDRESS}\\"' in text
+    assert not [path for path in written if "another/fork" in path.read_text(encoding="utf-8")]
+    documents.set_address(project, "")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_pages_have_the_badges(project):
+    documents.set_address(project, ADDRESS)
+    for page in build_site(project, stored=True):
+        assert page.name == "index.html" or f"Open {page.stem} in Colab" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        ADDRESS,
+        f"{ADDRESS}.git",
+        f"{ADDRESS}/",
+        "git@github.com:someone/experts.git",
+        "ssh://git@github.com/someone/experts",
+    ],
+)
+def test_the_default_address_is_that_of_origin(tmp_path, origin):
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    with pytest.raises(ValueError, match="'nothing' is no repository on GitHub"):
+        address.github_address(tmp_path)
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", origin], check=True)
+    assert address.github_address(tmp_path) == ADDRESS
+
+
+@pytest.mark.parametrize(
+    "text", ["https://gitlab.com/a/b", "../clone", "https://github.com/a", "a/b", 'https://github.com/a/b"']
+)
+def test_an_address_elsewhere_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="is no repository on GitHub: name one as"):
+        address.github_address(tmp_path, text)
+
+
+def test_one_command_sets_the_address_of_a_clone(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    subprocess.run(["git", "-C", clone, "remote", "set-url", "origin", f"{ADDRESS}.git"], check=True)
+    result = subprocess.run([sys.executable, clone / "report/build.py", "--address"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    changed = subprocess.run(["git", "-C", clone, "diff", "--stat"], capture_output=True, text=True).stdout
+    assert "4 files changed" in changed  # README and notebooks
+    assert documents.check(clone) == []
 
 
 def test_without_an_address_there_is_no_badge(project):
-    text = documents.fill_readme(project, {}, "")
+    text = documents.fill_readme(project, {})
     assert "colab-badge" not in text and "File > Upload notebook" in text
 
 

@@ -1,12 +1,7 @@
 """`models_of`: the models of one notebook, used in another."""
 
-import functools
-import http.server
-import threading
-
 import nbformat
 import pytest
-import requests
 import tiny
 
 import my_utils as utils
@@ -19,7 +14,7 @@ PART = """class Part(nn.Module):
 def part(x):
     return {factor} * x
 """
-NET = """parts = utils.models_of("parts", REPOSITORY)
+NET = """parts = utils.models_of("parts")
 part = parts.part
 
 
@@ -35,9 +30,9 @@ BY_MODULE = {"module": ", parts.Part()", "call": "super().forward(x)"}
 BY_FUNCTION = {"module": "", "call": "part(super().forward(x))"}
 
 
-def write(folder, name, *cells) -> None:
+def write(folder, name, *cells, heading="# parts") -> None:
     """Write a notebook whose model cells are `cells`, between prose and another code cell."""
-    notebook = nbformat.v4.new_notebook()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"A badge\n\n{heading}\n\nText.")])
     for text in cells:
         notebook.cells += [nbformat.v4.new_markdown_cell("prose"), nbformat.v4.new_code_cell("raise SystemExit")]
         notebook.cells.append(nbformat.v4.new_code_cell(text, metadata={"tags": ["model"]}))
@@ -56,19 +51,15 @@ def test_a_missing_notebook_is_named(root):
         utils.models_of("parts")
 
 
-def test_the_notebook_is_fetched_once(root, tmp_path_factory):
-    public = tmp_path_factory.mktemp("public")
-    write(public / "notebooks", "parts", IMPORTS + PART.format(factor=2))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=public)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(requests.HTTPError, match="404"):
-            utils.models_of("others", address)
-        assert not (root / "others.ipynb").exists()
-        assert utils.models_of("parts", address).part(1) == 2
-        server.shutdown()
-    assert utils.models_of("parts", address).part(1) == 2  # the server is gone
+@pytest.mark.parametrize("name", ["02_parts (1)", "Copy of parts", "x"])
+def test_an_uploaded_notebook_is_known_by_its_heading(root, name):
+    write(root, "01_others", "more = 1", heading="# 1. Parts and others")
+    write(root, name, IMPORTS + PART.format(factor=2), heading="# 2. Parts: two of them")
+    (root / "broken.ipynb").write_text("{")
+    assert utils.models_of("02_parts").part(1) == 2
+    assert utils.models_of("01_parts").more == 1
+    with pytest.raises(FileNotFoundError, match=r"03_parts\.ipynb is neither in"):
+        utils.models_of("03_parts")
 
 
 @pytest.mark.parametrize("use", [BY_MODULE, BY_FUNCTION], ids=["module", "function"])

@@ -1,26 +1,28 @@
 """The notebooks as files, their first cell as Colab runs it, and the models of notebook 01."""
 
 import ast
+import contextlib
 import functools
-import http.server
 import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import colab_machine
 import nbformat
+import numpy as np
 import pytest
 import torch
 from check_links import texts
 from nbconvert import ScriptExporter
+from PIL import Image
 
 import my_utils as utils
 
@@ -94,7 +96,9 @@ def strings(node) -> Iterator[str]:
 
 
 def test_no_path_of_a_machine(path):
-    assert [line for text in strings(read(path)) for line in text.splitlines() if MACHINE_PATH.search(line)] == []
+    setup = setup_source(path)  # which looks for /notebooks/ in an address
+    lines = [line for text in strings(read(path)) if text != setup for line in text.splitlines()]
+    assert [line for line in lines if MACHINE_PATH.search(line)] == []
 
 
 @pytest.mark.parametrize("text", ["/home/me/x.py", "in '/root/x'", "(/Users/me/x)", "/tmp/x", r"C:\x", "file:///x"])
@@ -223,131 +227,197 @@ def test_network(models):
     assert [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()] == []
 
 
-# The first cell, on Colab and elsewhere
+# Notebook 03: your own picture
 
-STAND_IN = "import types\ndef pick_device(): return types.SimpleNamespace(type={device!r})\n"
-UPLOAD = "import os, shutil\ndef upload():\n    print('UPLOAD')\n    shutil.copy(os.environ['UPLOAD'], 'my_utils.py')\n"
-BEFORE = """\
-import subprocess
-real_run = subprocess.run  # which an old numpy calls too, when it is imported
-def run(command, **options):
-    return print("RUN", command, options) if "pip" in command else real_run(command, **options)
-subprocess.run = run
-"""
-AFTER = "\nprint('FOUND', Path(utils.__file__).resolve())\n"
+
+@pytest.fixture(scope="module")
+def pictures():
+    """A function that shows the files in PICTURES, as the cells of notebook 03 do, and returns the images taken."""
+    reader, chooser = (
+        next(cell.source for cell in code_cells(NOTEBOOKS / "03_advanced_training.ipynb") if text in cell.source)
+        for text in ("def read_picture", "PICTURES = []")
+    )
+    chooser = chooser.split("chosen =")[0]
+
+    def take(pictures):
+        names = {"np": np, "os": os, "torch": torch}
+        exec(reader, names)
+        exec(chooser.replace("PICTURES = []", f"PICTURES = {pictures!r}"), names)
+        return names["images"]
+
+    return take
+
+
+def test_sound_pictures_are_shown_and_damaged_ones_named(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 50), "red").save("cat.jpg")
+    for name in ("cut.avif", "cut.png"):
+        Image.effect_noise((64, 64), 50).save(name)
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content[: len(content) * 9 // 10])
+    assert len(pictures(["cut.avif", "cat.jpg", "none.png", "cut.png", "cat.jpg"])) == 1
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"{name} cannot be read as a picture" for name in ("cut.avif", "none.png", "cut.png")]
+
+
+def test_one_picture_needs_no_list(pictures, tmp_path):
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "cat.png")
+    [image] = pictures(str(tmp_path / "cat.png"))
+    assert image[0, :, 16, 16].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "grey"), [(128, "uint8", 128), (32896, "uint16", 128), (65535, "uint16", 255)]
+)
+def test_grey_levels_are_scaled(pictures, tmp_path, value, dtype, grey):
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "grey.png")
+    [image] = pictures(str(tmp_path / "grey.png"))
+    assert image.unique().tolist() == [grey]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(70000, "int32"), (-1, "int32"), (0.5, "float32")])
+def test_more_than_16_bits_are_refused(pictures, tmp_path, capsys, value, dtype):
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "deep.tif")
+    assert pictures(str(tmp_path / "deep.tif")) == []
+    assert "deep.tif cannot be read as a picture: it has more than 16 bits a pixel" in capsys.readouterr().out
+
+
+# The set-up cell, on Colab and elsewhere
+
+STAND_IN = '"""Stands in for my_utils.py."""\n\n\ndef fit(): pass\n'
+AFTER = "\nprint('FOUND', pathlib.Path(utils.__file__).resolve())\n"
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Colab is a Linux machine")
+
+
+def test_setup_cell_is_short():
+    assert len(setup_source(BASELINE).splitlines()) <= 15
+    assert max(map(len, setup_source(BASELINE).splitlines())) <= 88
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A function that runs the first cell in a folder of its own, like a kernel, and returns what it printed."""
-    (tmp_path / "stubs").mkdir()
+def public(tmp_path) -> Path:
+    """A repository that stands for the one on GitHub, with a stand-in for my_utils.py."""
+    folder = tmp_path / "public"
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a"]
+    subprocess.run(["git", "init", "--quiet", folder], check=True)
+    (folder / "my_utils.py").write_text(STAND_IN)
+    subprocess.run([*git, "checkout", "--quiet", "-b", colab_machine.BRANCH], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
+    return folder
 
-    def run_cell(folder: Path, *, google: str | None = None, upload: Path | None = None, **constants):
-        source = setup_source(BASELINE)
-        for name, value in constants.items():
-            source, found = re.subn(rf"^{name} = .*", f"{name} = {value!r}", source, flags=re.MULTILINE)
-            assert found == 1
-        if google:
-            package = tmp_path / "stubs" / google.replace(".", "/")
-            package.mkdir(parents=True)
-            for part in (tmp_path / "stubs" / "google", package):
-                (part / "__init__.py").touch()
-            (package / "files.py").write_text(UPLOAD)
+
+@pytest.fixture
+def run(tmp_path, public):
+    """A function that runs the set-up cell in a folder, like a kernel, and returns what it printed."""
+
+    def run_cell(folder: Path, colab: bool = True, repository: str = "", uploads: dict | None = None, **variables):
+        source = setup_source(BASELINE).replace('REPOSITORY = ""', f'REPOSITORY = "{repository}"')
         folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / "stubs"), "UPLOAD": str(upload), "no_proxy": "*"}
+        chosen = None
+        if uploads:
+            chosen = tmp_path / "uploads"
+            chosen.mkdir(exist_ok=True)
+            for name, content in uploads.items():
+                (chosen / name).write_text(content)
+        environment = colab_machine.variables(sys.executable, public, chosen) | variables
+        if not colab:
+            del environment["COLAB_RELEASE_TAG"]
         # -P: without the current folder on sys.path, which the cell has to see to itself
-        command = [sys.executable, "-P", "-c", BEFORE + source + AFTER]
+        command = [sys.executable, "-P", "-c", source + AFTER]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
     return run_cell
-
-
-@pytest.fixture
-def stand_in(tmp_path) -> Path:
-    """A file that stands in for my_utils.py, on a machine without a GPU."""
-    path = tmp_path / "elsewhere" / "my_utils.py"
-    path.parent.mkdir()
-    path.write_text(STAND_IN.format(device="cpu"))
-    return path
 
 
 def found(folder: Path) -> str:
     return f"FOUND {(folder / 'my_utils.py').resolve()}\n"
 
 
-def test_colab_asks_for_the_file(run, tmp_path):
+@on_linux
+def test_colab_fetches_the_series_from_where_the_notebook_was_opened(run, tmp_path):
+    with colab_machine.listing(colab_machine.session("02_intermediate_blocks")):
+        result = run(tmp_path / "content", repository="https://github.com/not/asked")
+    assert (result.stdout, result.stderr) == (found(tmp_path / "content"), "")
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("answer", "status", "wait"),
+    [
+        ("", 200, 0),
+        ("not found", 404, 0),
+        ("<html>//github.com/a/b/notebooks</html>", 200, 0),
+        ('[{"path": "fileId=1AbC"}]', 200, 0),
+        (colab_machine.session("01_baseline"), 200, 8),
+        (None, 0, 0),
+    ],
+    ids=["empty", "missing", "page", "Drive", "late", "nobody"],
+)
+def test_every_other_answer_leads_on_to_the_constant(run, tmp_path, answer, status, wait):
+    start = time.monotonic()
+    with colab_machine.listing(answer, status, wait) if answer is not None else contextlib.nullcontext():
+        result = run(tmp_path / "content", repository=colab_machine.REPOSITORY)
+        assert time.monotonic() - start < 8
+    assert (result.stdout, result.stderr) == (found(tmp_path / "content"), "")
+
+
+@on_linux
+@pytest.mark.parametrize("name", ["my_utils.py", "my_utils (1).py", "Copy of my_utils.txt"])
+def test_an_upload_is_taken_by_its_content(run, tmp_path, name):
     here = tmp_path / "content"
-    result = run(here, google="google.colab", upload=ROOT / "my_utils.py")
-    assert result.returncode == 0, result.stderr
-    asked = "REPOSITORY is not set: please choose my_utils.py from your computer.\nUPLOAD\n"
-    assert result.stdout.startswith(asked)
-    assert result.stdout.endswith(found(here))
-    assert "RUN" not in result.stdout
+    uploads = {"a.ipynb": '{"source": "def fit(): pass"}', name: STAND_IN, "z.py": "print()"}
+    result = run(here, uploads=uploads)
+    assert result.stderr == "" and result.stdout.endswith(found(here))
+    assert (here / "my_utils.py").read_text() == STAND_IN
+    assert (here / "a.ipynb").read_text() == uploads["a.ipynb"]
 
 
-@pytest.mark.parametrize(("device", "warned"), [("cpu", True), ("cuda", False)])
-def test_colab_without_a_gpu(run, tmp_path, stand_in, device, warned):
-    stand_in.write_text(STAND_IN.format(device=device))
-    result = run(tmp_path / "content", google="google.colab", upload=stand_in)
-    assert result.returncode == 0, result.stderr
-    assert ("No GPU: choose Runtime > Change runtime type > T4 GPU" in result.stdout) == warned
+@on_linux
+@pytest.mark.parametrize("uploads", [None, {"a.ipynb": "{}"}], ids=["cancelled", "wrong"])
+def test_an_upload_without_the_file_is_said(run, tmp_path, uploads):
+    result = run(tmp_path / "content", uploads=uploads)
+    assert result.stderr.endswith("AssertionError: Choose my_utils.py, or put it here\n")
 
 
-@pytest.fixture
-def address(stand_in):
-    """The address of a server that has the stand-in."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=stand_in.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_colab_fetches_the_file(run, tmp_path, stand_in, address):
-    here = tmp_path / "content"
-    result = run(here, google="google.colab", upload=stand_in, REPOSITORY=address)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(found(here))
-    assert "UPLOAD" not in result.stdout
-    assert (here / "my_utils.py").read_text(encoding="utf-8") == stand_in.read_text(encoding="utf-8")
-
-
-def test_failed_fetch_leaves_nothing(run, tmp_path, address):
-    result = run(tmp_path / "content", google="google.colab", REPOSITORY=f"{address}/missing")
-    assert "HTTP Error 404" in result.stderr
-    assert list((tmp_path / "content").iterdir()) == []
-
-
-@pytest.mark.parametrize("google", [None, "google.protobuf"])
-def test_elsewhere_the_file_is_missed(run, tmp_path, google):
-    result = run(tmp_path / "content", google=google)
-    assert "FileNotFoundError: my_utils.py is neither beside nor above this notebook; start Jupyter in" in result.stderr
+def test_elsewhere_the_file_is_missed_and_nobody_asked(run, tmp_path):
+    # Kaggle's kernels can import google.colab, too.
+    result = run(tmp_path / "content", colab=False, repository=colab_machine.REPOSITORY, uploads={"a.py": STAND_IN})
+    assert result.stderr.endswith("AssertionError: Choose my_utils.py, or put it here\n")
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("google", [None, "google.colab"])
+@pytest.mark.parametrize("colab", [False, pytest.param(True, marks=on_linux)])
 @pytest.mark.parametrize("below", [".", "notebooks", "notebooks/deeper"])
-def test_file_beside_or_above_is_found(run, tmp_path, stand_in, google, below):
+def test_file_beside_or_above_is_found(run, tmp_path, colab, below):
     project = tmp_path / "project"
     project.mkdir()
-    shutil.copy(stand_in, project)
-    # Nobody answers at this address, and there is nothing to upload.
-    result = run(project / below, google=google, REPOSITORY="http://127.0.0.1:9")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(found(project))
+    (project / "my_utils.py").write_text(STAND_IN)
+    result = run(project / below, colab=colab, repository=colab_machine.REPOSITORY, uploads={"a.py": STAND_IN})
+    assert (result.stdout, result.stderr) == (found(project), "")
+    assert not list(tmp_path.glob("project/**/.git"))
 
 
-def test_only_missing_packages_are_installed(run, stand_in):
-    result = run(stand_in.parent, NEEDED=["json", "missing_one", "tqdm", "missing_two"])
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "missing_one", "missing_two"]
-    assert result.stdout.startswith(f"RUN {command} {{'check': True}}\n")
+@on_linux
+def test_the_package_that_colab_lacks_is_installed(run, tmp_path):
+    # Here it is hidden, and pip only notes what it is asked for.
+    (tmp_path / "pip").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "pip").chmod(0o755)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torchmetrics' else find(name, *rest)\n"
+    )
+    (tmp_path / "my_utils.py").write_text(STAND_IN)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    result = run(tmp_path / "content", **path)
+    assert (result.stdout, result.stderr) == (found(tmp_path), "")
+    assert (tmp_path / "asked").read_text() == "install -qq torchmetrics\n"
 
 
-def test_needed_packages_are_those_that_colab_lacks():
-    imports = [node for node in ast.parse((ROOT / "my_utils.py").read_text(encoding="utf-8")).body]
+def test_colab_has_every_other_package():
+    imports = ast.parse((ROOT / "my_utils.py").read_text(encoding="utf-8")).body
     names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    on_colab = {"torch", "torchvision", "numpy", "scipy", "matplotlib", "pandas", "requests"}
-    (needed,) = re.findall(r"^NEEDED = (.*)", setup_source(BASELINE), flags=re.MULTILINE)
-    assert set(ast.literal_eval(needed)) == packages - on_colab
+    versions = (colab_machine.STAND_INS / "versions.txt").read_text(encoding="utf-8")
+    assert packages - set(re.findall(r"^(\w+)==", versions, re.MULTILINE)) == {"torchmetrics"}
