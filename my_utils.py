@@ -69,7 +69,7 @@ if platform.libc_ver()[0] == "glibc":
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 unknown, and computing is in float32
 
 
-TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train, even what ships finished. Set-up cells set it, too
+TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train even what ships finished
 
 
 def replaying() -> bool:
@@ -136,8 +136,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
 
 
-def describe_setup() -> None:
-    """Print device, precision, versions and run size: the first thing to look at when two results differ."""
+def describe_setup(train: bool | str = False) -> None:
+    """Print device, precision, versions and run size: the first thing to look at when two results differ.
+
+    train: True, "quick" or "full" trains even what ships finished, as the environment variable TRAIN does
+    """
+    global TRAIN
+    TRAIN = train or TRAIN
     print(f"device    {describe_device()}, {str(pick_precision()).removeprefix('torch.')}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     what = "replay: finished runs are loaded, others trained" if replaying() else "training"

@@ -1,7 +1,4 @@
-"""Kills at random moments, wherever they fall: the next call goes on to the same bits. And two processes at once.
-
-KILLS says how many (default 20).
-"""
+"""Kills at random moments, wherever they fall: the next call goes on to the same bits. And two processes at once."""
 
 import multiprocessing
 import os
@@ -20,7 +17,7 @@ from tiny import Tiny, recipe
 import my_utils
 from my_utils import Augmentation, Split, Splits
 
-KILLS, RUNS = int(os.environ.get("KILLS") or 20), 4
+KILLS, RUNS = 20, 4
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
 
@@ -35,8 +32,9 @@ def train(seed: int) -> None:
     images, labels = my_utils.draw_synthetic(300)
     make = partial(Split, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     splits = Splits(*(make(images[i : i + 100], labels[i : i + 100]) for i in (0, 100, 200)), "synthetic")
-    settings = {"epochs": 10, "batch_size": 25, "optimizer": "adamw", "schedule": "onecycle", "weight_averaging": 0.9}
-    settings = recipe(**settings, augmentation=Augmentation(crop=2, flip="random"))
+    random_changes = Augmentation(crop=2, flip="random")
+    settings = {"optimizer": "adamw", "schedule": "onecycle", "weight_averaging": 0.9, "augmentation": random_changes}
+    settings = recipe(epochs=10, batch_size=25, **settings)
     run = my_utils.fit(Slow, splits, settings, run="test/slow", seed=seed, plot=False, device="cpu")
     my_utils.record([run], splits, notebook="01")
 
@@ -84,21 +82,29 @@ def outcome(folder: Path) -> tuple:
     """Return all that a run leaves and that does not depend on the time."""
     [run], [record] = stored(folder), list(folder.rglob("*.json"))
     seconds = run["history"].pop("seconds")
-    text = record.read_text().replace(str(sum(seconds)), "")
-    for value in seconds:
+    text = record.read_text()
+    for value in (*seconds, sum(seconds)):
         text = text.replace(str(value), "")
     weights = {name: value.tolist() for name, value in run.pop("weights").items()}
     return run, weights, text, sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
+def finish(process) -> None:
+    process.join(300)
+    assert process.exitcode == 0
+
+
 def test_what_is_killed_goes_on_to_the_same_bits(tmp_path, start):
     number = random.randrange(2**32)
     print("seed of the moments", number)  # pytest shows it if the test fails
-    moments, landed, kept = random.Random(number), 0, {}
+    moments, landed, kept, begin = random.Random(number), 0, {}, time.monotonic()
+    for seed in range(RUNS):
+        finish(start(tmp_path / f"whole{seed}", seed))
+    lasts = (time.monotonic() - begin) / RUNS
     for kill in range(KILLS):
         seed = kill % RUNS
         process = start(tmp_path / f"killed{seed}", seed)
-        time.sleep(moments.uniform(0, 1))
+        time.sleep(moments.uniform(0, lasts / 2))
         process.kill()
         process.join()
         landed += process.exitcode != 0
@@ -108,10 +114,7 @@ def test_what_is_killed_goes_on_to_the_same_bits(tmp_path, start):
             kept[seed] = seconds
     assert landed > KILLS / 2 and len(kept) == RUNS  # the others had just ended
     for seed in range(RUNS):
-        for folder in (tmp_path / f"killed{seed}", tmp_path / f"whole{seed}"):
-            process = start(folder, seed)
-            process.join(300)
-            assert process.exitcode == 0
+        finish(start(tmp_path / f"killed{seed}", seed))
         assert outcome(tmp_path / f"killed{seed}") == outcome(tmp_path / f"whole{seed}")
 
 

@@ -6,68 +6,47 @@ import tiny
 
 import my_utils as utils
 
-PART = """class Part(nn.Module):
-    def forward(self, x):
-        return {factor} * x
-
-
-def part(x):
-    return {factor} * x
-"""
-NET = """parts = utils.models_of("parts")
-part = parts.part
-
+PARTS = "from torch import nn\n\ndef part(x):\n    return {factor} * x\n"
+NET = """from torch import nn
 
 class Net(nn.Sequential):
     def __init__(self):
-        super().__init__(nn.Conv2d(3, 10, 32), nn.Flatten(){module})
+        super().__init__(nn.Conv2d(3, 10, 32), nn.Flatten())
 
     def forward(self, x):
-        return {call}
+        return utils.models_of("01_parts").part(super().forward(x))
 """
-IMPORTS = "from torch import nn\n\n"
-BY_MODULE = {"module": ", parts.Part()", "call": "super().forward(x)"}
-BY_FUNCTION = {"module": "", "call": "part(super().forward(x))"}
 
 
-def write(folder, name, *cells, heading="# parts") -> None:
-    """Write a notebook whose model cells are `cells`, between prose and another code cell."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"A badge\n\n{heading}\n\nText.")])
+def write(path, heading, *cells) -> None:
+    """Write a notebook whose model cells are `cells`, each after a cell that must not run."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {heading}")])
     for text in cells:
-        notebook.cells += [nbformat.v4.new_markdown_cell("prose"), nbformat.v4.new_code_cell("raise SystemExit")]
+        notebook.cells.append(nbformat.v4.new_code_cell("raise SystemExit"))
         notebook.cells.append(nbformat.v4.new_code_cell(text, metadata={"tags": ["model"]}))
-    folder.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
 
 
-@pytest.mark.parametrize("folder", ["notebooks", "."])
-def test_only_the_tagged_cells_run(root, folder):
-    write(root / folder, "parts", IMPORTS + PART.format(factor=2), "more = Part()(21)")
-    assert utils.models_of("parts").more == 42
+@pytest.mark.parametrize("path", ["notebooks/01_parts.ipynb", "01_parts.ipynb", "Copy of 01_parts (2).ipynb"])
+def test_the_tagged_cells_run_in_order_and_nothing_is_written(root, path):
+    write(root / "02_others.ipynb", "2. Others", "answer = 0")
+    write(root / path, "1. Parts", PARTS.format(factor=2), "answer = part(21), utils.run_size()")
+    before = sorted(root.rglob("*"))
+    assert utils.models_of("01_parts").answer == (42, "smoke")
+    assert sorted(root.rglob("*")) == before
 
 
 def test_a_missing_notebook_is_named(root):
-    with pytest.raises(FileNotFoundError, match=r"parts\.ipynb is neither in .*notebooks nor in"):
-        utils.models_of("parts")
+    with pytest.raises(FileNotFoundError, match=r"01_parts\.ipynb"):
+        utils.models_of("01_parts")
 
 
-@pytest.mark.parametrize("name", ["02_parts (1)", "Copy of parts", "x"])
-def test_an_uploaded_notebook_is_known_by_its_heading(root, name):
-    write(root, "01_others", "more = 1", heading="# 1. Parts and others")
-    write(root, name, IMPORTS + PART.format(factor=2), heading="# 2. Parts: two of them")
-    (root / "broken.ipynb").write_text("{")
-    assert utils.models_of("02_parts").part(1) == 2
-    assert utils.models_of("01_parts").more == 1
-    with pytest.raises(FileNotFoundError, match=r"03_parts\.ipynb is neither in"):
-        utils.models_of("03_parts")
-
-
-@pytest.mark.parametrize("use", [BY_MODULE, BY_FUNCTION], ids=["module", "function"])
-def test_fingerprint_sees_the_other_notebook(root, splits, use):
+def test_another_notebook_changes_the_run_and_a_comment_in_it_does_not(root, splits):
     found = []
-    for factor in (2, 2, 3):
-        write(root / "notebooks", "parts", IMPORTS + PART.format(factor=factor))
-        write(root / "notebooks", "net", IMPORTS + NET.format(**use))
-        net = utils.models_of("net").Net
-        found.append(utils.fit(net, splits, tiny.recipe(epochs=1), run="test/net", plot=False).fingerprint)
+    for factor, comment in ((2, ""), (2, "# twice"), (3, "")):
+        write(root / "notebooks" / "01_parts.ipynb", "1. Parts", PARTS.format(factor=factor) + comment)
+        write(root / "notebooks" / "02_net.ipynb", "2. Net", NET)
+        net = utils.models_of("02_net").Net
+        found.append(utils.fit(net, splits, tiny.recipe(epochs=1), run="net", plot=False).fingerprint)
     assert found[0] == found[1] != found[2]

@@ -1,335 +1,230 @@
-"""Records and the tables made from them."""
+"""Records: what they hold, where they go, how they stand in for training, and the tables made from them."""
 
-import errno
 import json
 import math
-import multiprocessing
-import os
-from concurrent.futures import ThreadPoolExecutor
+import types
 from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
-import torch
-from tiny import Tiny, recipe
+from matplotlib.figure import Figure
+from tiny import Tiny, assert_same, each_forward, recipe
 
 import my_utils
-from my_utils import History, count_flops, evaluate, percent, record, results_table
+from my_utils import History, evaluate, percent, results_table
 
 fit = partial(my_utils.fit, run="test/tiny", plot=False)
-
+record = partial(my_utils.record, notebook="01")
 pytestmark = pytest.mark.usefixtures("root")
 
 
-def written(root, name="tiny", part="build"):
-    return json.loads((root / part / "results" / f"{name}.json").read_text())
+def written(root, part="build"):
+    return json.loads((root / part / "results" / "test_tiny.json").read_text())
 
 
 # --- What a record holds ---
 
 
 def test_every_value_of_a_record(root, splits):
-    run = fit(Tiny, splits, recipe(epochs=3, batch_size=64), seed=4)
+    settings = recipe(epochs=3, batch_size=64)
+    run = fit(Tiny, splits, settings, seed=4)
     run.history.val_top1 = [0.5, 0.7, 0.6]  # the last epoch counts, not the best
-    content = record(
-        "tiny", [run], splits, notebook="02", system="S1", published_top1=0.9, published_epochs=200, tta="flip"
-    )
+    published = {"published_top1": 0.9, "published_epochs": 200}
+    content = record([run], splits, system="S1", tta="flip", **published)
     assert content == written(root)
     [entry] = content.pop("seeds")
-    assert content == {
-        "name": "tiny",
-        "notebook": "02",
-        "system": "S1",
-        "data": "synthetic",
-        "run_size": "smoke",
-        "device": run.device,
-        "versions": my_utils.versions(),
-        "parameters": (27 * 8 + 8) + 2 * 8 + (5120 + 10),
-        "train_flops": 3 * count_flops(Tiny()) * 3 * 192,  # three epochs of three whole batches
-        "epochs": 3,
-        "recipe": json.loads(json.dumps(asdict(recipe(epochs=3, batch_size=64)))),
-        "published_top1": 0.9,
-        "published_epochs": 200,
-    }
-    assert run.device.endswith("float32")
-    test = evaluate(run.model, splits.test, precision="float32")
-    flipped = evaluate(run.model, splits.test, precision="float32", tta="flip")
-    assert entry == {
-        "seed": 4,
-        "fingerprint": run.fingerprint,
-        "device": run.device,
-        "versions": my_utils.versions(),
-        "val_top1": 0.6,
-        "test_top1": test.top1,
-        "test_top1_interval": list(test.interval),
-        "test_nll": test.nll,
-        "test_ece": test.ece,
-        "test_confusion": test.confusion.tolist(),
-        "train_seconds": sum(run.history.seconds),
-        "history": entry["history"],
-        "tta": "flip",
-        "test_top1_tta": flipped.top1,
-        "test_top1_tta_interval": list(flipped.interval),
-    }
-    assert len(entry["test_confusion"]) == 10 and sum(map(sum, entry["test_confusion"])) == 100
-    assert 0 <= entry["test_top1_interval"][0] < entry["test_top1"] < entry["test_top1_interval"][1] <= 1
-    history = asdict(run.history)
-    for name in ("step_loss", "step_learning_rate"):
-        assert entry["history"].pop(name) == pytest.approx(history.pop(name), rel=1e-4)
-    assert entry["history"] == history
-
-
-def test_what_was_not_asked_for_is_none(splits):
-    content = record("tiny", [fit(Tiny, splits, recipe())], splits, notebook="01")
-    assert content["system"] is content["published_top1"] is content["published_epochs"] is None
-    assert "tta" not in content["seeds"][0]
+    where = {"device": run.device, "versions": my_utils.versions()}
+    flops = 3 * (2 * 27 * 8 * 64 + 2 * 512 * 10) * 3 * 192  # three epochs of three whole batches
+    expected = {"name": "test_tiny", "notebook": "01", "system": "S1", "data": "synthetic", "run_size": "smoke"}
+    expected |= {"parameters": 27 * 8 + 8 + 2 * 8 + 5130, "train_flops": flops, "epochs": 3}
+    assert content == {**expected, **published, **where, "recipe": json.loads(json.dumps(asdict(settings)))}
+    history = entry.pop("history")
+    for name, values in asdict(run.history).items():
+        assert history[name] == pytest.approx(values, rel=1e-4), name
+    test, flipped = (evaluate(run.model, splits.test, precision="float32", tta=tta) for tta in ("none", "flip"))
+    expected = {"seed": 4, "fingerprint": run.fingerprint, "val_top1": 0.6, "train_seconds": sum(run.history.seconds)}
+    expected |= {"test_top1": test.top1, "test_top1_interval": list(test.interval), "test_nll": test.nll}
+    expected |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist(), "tta": "flip"}
+    expected |= {"test_top1_tta": flipped.top1, "test_top1_tta_interval": list(flipped.interval)}
+    assert entry == expected | where
 
 
 def test_merged_training_has_no_validation_accuracy(splits):
     merged = splits.with_val_in_train()
-    content = record("tiny", [fit(Tiny, merged, recipe())], merged, notebook="03")
-    assert content["seeds"][0]["val_top1"] is None
-    assert content["seeds"][0]["test_top1"] >= 0
+    content = record([fit(Tiny, merged, recipe())], merged)
+    assert content["seeds"][0]["val_top1"] is None and "tta" not in content["seeds"][0]
     assert results_table([content])["val top-1 %"].tolist() == ["-"]
 
 
-def test_the_table_has_test_time_augmentation_where_a_record_has_it(splits):
-    run = fit(Tiny, splits, recipe())
-    plain = record("plain", [run], splits, notebook="01")
-    assert "with TTA %" not in results_table([plain])
-    better = record("better", [run], splits, notebook="01", tta="flip")
-    expected = ["-", f"{100 * evaluate(run.model, splits.test, tta='flip').top1:.2f}"]
-    assert results_table([plain, better])["with TTA %"].tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "seen"), [(50, 200), (64, 192), (200, 200), (300, 200)], ids=["even", "rest", "one", "short"]
-)
-def test_training_flops_count_the_images_that_were_seen(splits, batch_size, seen):
-    run = fit(Tiny, splits, recipe(batch_size=batch_size))
-    assert run.train_flops == 3 * (2 * 27 * 8 * 64 + 2 * 512 * 10) * 2 * seen
-
-
-@pytest.mark.parametrize("steps", [1, 499, 500, 501, 700, 1000, 1234, 5000])
+@pytest.mark.parametrize("steps", [1, 499, 500, 501, 700, 1234, 5000])
 def test_a_long_history_is_thinned_to_the_same_mean(splits, steps):
     losses = [0.3 + 2 * math.exp(-3 * step / steps) for step in range(steps)]
     history = History(step_loss=losses, step_learning_rate=[0.1] * steps, val_top1=[0.5], seconds=[1.0])
     run = replace(fit(Tiny, splits, recipe(epochs=1)), history=history)
-    thinned = record("tiny", [run], splits, notebook="01")["seeds"][0]["history"]
-    assert len(thinned["step_loss"]) == len(thinned["step_learning_rate"]) <= min(500, steps)
-    assert len(thinned["step_loss"]) > min(steps, 250) * 0.99
+    thinned = record([run], splits)["seeds"][0]["history"]
+    assert min(250, steps) <= len(thinned["step_loss"]) == len(thinned["step_learning_rate"]) <= 500
     assert sum(thinned["step_loss"]) / len(thinned["step_loss"]) == pytest.approx(sum(losses) / steps, rel=2e-3)
     assert set(thinned["step_learning_rate"]) == {0.1}
     assert len(history.step_loss) == steps  # the run keeps them all
 
 
-# --- Where a record goes ---
-
-
-@pytest.mark.parametrize(
-    ("size", "source", "flag", "part"),
-    [
-        ("full", "cifar10", "1", "report"),
-        ("full", "cifar10", "0", "build"),
-        ("full", "cifar10", None, "build"),
-        ("quick", "cifar10", "1", "build"),
-        ("smoke", "cifar10", "1", "build"),
-        ("full", "synthetic", "1", "build"),
-    ],
-)
-def test_only_a_full_run_on_cifar10_is_committed(root, splits, monkeypatch, size, source, flag, part):
-    monkeypatch.setenv("RUN_SIZE", size)
-    if flag is None:
-        monkeypatch.delenv("RECORD", raising=False)
-    else:
-        monkeypatch.setenv("RECORD", flag)
-    data = replace(splits, source=source)
-    content = record("tiny", [fit(Tiny, data, recipe(epochs=1))], data, notebook="01")
-    assert (content["run_size"], content["data"]) == (size, source)
-    found = [path.relative_to(root).as_posix() for path in root.glob("*/results/*.json")]
-    assert found == [f"{part}/results/tiny.json"]
-    assert written(root, part=part) == content
-
-
-def test_seeds_accumulate(root, splits):
-    runs = {seed: fit(Tiny, splits, recipe(), seed=seed) for seed in (2, 0, 1)}
-    assert [e["seed"] for e in record("tiny", [runs[2]], splits, notebook="01")["seeds"]] == [2]
-    content = record("tiny", [runs[1], runs[0]], splits, notebook="01")
-    assert [entry["seed"] for entry in content["seeds"]] == [0, 1, 2]
-    assert [entry["fingerprint"] for entry in content["seeds"]] == [runs[seed].fingerprint for seed in (0, 1, 2)]
-    assert record("tiny", [runs[2]], splits, notebook="01") == content == written(root)  # no seed twice
-    record("other", [runs[0]], splits, notebook="01")
-    assert len(written(root, "other")["seeds"]) == 1
-
-
-def train_and_record(folder, seed: int, barrier) -> None:
-    """What each of two notebooks does that run at the same time."""
-    torch.set_num_threads(1)
-    my_utils.ROOT = folder
-    os.environ |= {"RUNS_DIR": str(folder / "runs"), "RUN_SIZE": "smoke"}
-    splits = my_utils.load_cifar10(synthetic=True).head(200, 100, 100)
-    barrier.wait(300)
-    for epochs in (1, 2, 3):
-        run = fit(Tiny, splits, recipe(epochs=epochs), run=f"two/{epochs}", seed=seed, device="cpu")
-        record(f"two_{epochs}", [run], splits, notebook="01")
-
-
-def test_two_notebooks_that_train_and_record_at_the_same_time_lose_nothing(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
-    pair = [context.Process(target=train_and_record, args=(tmp_path, seed, barrier)) for seed in (0, 1)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(300)
-    assert [process.exitcode for process in pair] == [0, 0]
-    assert len(list(tmp_path.glob("runs/smoke/two/*/*/run.json"))) == 6
-    for epochs in (1, 2, 3):
-        assert [entry["seed"] for entry in written(tmp_path, f"two_{epochs}")["seeds"]] == [0, 1]
-
-
-def test_seeds_recorded_at_the_same_time_are_all_kept(root, splits):
-    run = fit(Tiny, splits, recipe(epochs=1))
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda seed: record("tiny", [replace(run, seed=seed)], splits, notebook="01"), range(8)))
-    assert [entry["seed"] for entry in written(root)["seeds"]] == list(range(8))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x80\x04\x95cos\nsystem\n",
-        b'{"seeds": [',
-        b"[" * 100_000,
-        b'{"seeds": [{"seed": 0, "fingerprint": "0", "history": {"__class__": "os.system"}}]}',
-        b'{"seeds": [{"seed": 1e999, "fingerprint": "0", "history": {}}]}',
-        b'{"seeds": [{"seed": 0, "fingerprint": 7, "history": {}}]}',
-        b'{"seeds": 3}',
-        b"{}",
-        b'{"seeds": [' + b"9" * 5000 + b"]}",
-        None,
-    ],
-    ids="empty pickle half deep class infinite fingerprint number other digits huge".split(),  # noqa: SIM905
-)
-def test_what_is_no_record_is_refused_and_left_alone(root, splits, monkeypatch, content):
-    run = fit(Tiny, splits, recipe(epochs=1))
-    for part in ("build", "report"):
-        path = root / part / "results" / "tiny.json"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(content or b"")
-        if content is None:
-            os.truncate(path, (64 << 20) + 1)  # takes no space on most disks
-    with pytest.raises(ValueError, match=r"tiny\.json is no record"):
-        record("tiny", [run], splits, notebook="01")
-    monkeypatch.setenv("REUSE_RECORDS", "1")
-    with pytest.raises(ValueError, match=r"tiny\.json is no record"):
-        fit(Tiny, splits, recipe(epochs=2))
-    assert content is None or path.read_bytes() == content
-
-
-def test_another_variant_replaces_the_seeds(root, splits):
-    record("tiny", [fit(Tiny, splits, recipe(), seed=seed) for seed in (0, 1)], splits, notebook="01")
-    other = fit(Tiny, splits, recipe(learning_rate=0.01), seed=1)
-    record("tiny", [other], splits, notebook="01")
-    assert [entry["fingerprint"] for entry in written(root)["seeds"]] == [other.fingerprint]
-    assert written(root)["recipe"]["learning_rate"] == 0.01
-
-
-def test_a_failing_write_leaves_the_old_record(root, splits, monkeypatch):
-    runs = [fit(Tiny, splits, recipe(), seed=seed) for seed in (0, 1)]
-    before = record("tiny", runs[:1], splits, notebook="01")
-
-    def full(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"cannot write tiny\.json.* free some space"):
-            record("tiny", runs, splits, notebook="01")
-    assert written(root) == before
-    assert not [path for path in (root / "build" / "results").iterdir() if path.name.endswith(".part")]
-    assert len(record("tiny", runs, splits, notebook="01")["seeds"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("choose", "arguments", "says"),
-    [
-        (lambda a, b: [], {}, r"runs are \[\]; they must be one variant's runs, at least one"),
-        (lambda a, b: [a, b], {}, "runs are .*one variant's runs"),
-        (lambda a, b: [a], {"system": "S9"}, "system is 'S9'; it may be one of None, S0, S1, S2, S3, S4"),
-    ],
-    ids=["none", "mixed", "system"],
-)
-def test_what_cannot_be_recorded(root, splits, choose, arguments, says):
-    one, other = (fit(Tiny, splits, recipe(epochs=1, learning_rate=rate)) for rate in (0.1, 0.2))
-    with pytest.raises(ValueError, match=says):
-        record("tiny", choose(one, other), splits, **{"notebook": "01"} | arguments)
+def test_only_the_runs_of_one_variant_make_a_record(root, splits):
+    first, second = (fit(Tiny, splits, recipe(), seed=seed) for seed in (0, 1))
+    other = fit(Tiny, splits, recipe(learning_rate=0.1))
+    for runs, data in (([first, other], splits), ([first], replace(splits, source="cifar10"))):
+        with pytest.raises(ValueError, match="one variant"):
+            record(runs, data)
     assert not (root / "build").exists()
+    assert [entry["seed"] for entry in record([second, first], splits)["seeds"]] == [1, 0]
+    assert len(record([first], splits)["seeds"]) == 1  # the seeds of this call, and no others
 
 
-# --- Tables ---
+OTHERS = [{"flag": "0"}, {"flag": ""}, {"size": "quick"}, {"size": "smoke"}, {"source": "synthetic"}]
 
 
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        ([0.9], "90.00"),
-        ([0.87654], "87.65"),
-        ([0.9, 0.92], "91.00 ± 1.41"),  # 2 / sqrt(2)
-        ([0.90, 0.91, 0.95], "92.00 ± 2.65"),  # sqrt((4 + 1 + 9) / 2)
-        ([0.5, 0.5], "50.00 ± 0.00"),
-        ([None], "-"),
-        ([0.9, None], "-"),
-    ],
-)
-def test_per_cent(values, text):
-    assert percent(values) == text
+@pytest.mark.parametrize("change", [{}, *OTHERS])
+def test_only_a_full_run_on_cifar10_is_committed(root, splits, monkeypatch, change):
+    size, source, flag = ({"size": "full", "source": "cifar10", "flag": "1"} | change).values()
+    part = "build" if change else "report"
+    monkeypatch.setenv("RUN_SIZE", size)
+    monkeypatch.setenv("RECORD", flag)
+    data = replace(splits, source=source)
+    run = fit(Tiny, data, recipe(epochs=1))
+    before = evaluate(run.model, data.test).nll
+    content = record([run], data, ship=True)
+    assert change == {} or evaluate(run.model, data.test).nll == before
+    my_utils.show(Figure(), alt="nothing", save="empty", runs=[run])
+    assert written(root, part) == content
+    found = {path.relative_to(root).as_posix() for path in root.glob("*/*/*") if path.suffix}
+    shipped = {"report/runs/test_tiny-seed0.safetensors"} if part == "report" else set()
+    assert found == {f"{part}/results/test_tiny.json", f"{part}/figures/empty.png"} | shipped
+
+
+def test_a_project_in_a_read_only_folder_writes_beside_the_runs(splits, root, monkeypatch):
+    (root / "file").touch()
+    monkeypatch.setattr(my_utils, "ROOT", root / "file" / "project")  # where nothing can be made
+    run = fit(Tiny, splits, recipe(epochs=1))
+    assert record([run], splits) == written(root)
+    my_utils.show(Figure(), alt="nothing", save="empty", runs=[run])
+    assert (root / "build" / "figures" / "empty.png").exists()
+    monkeypatch.delenv("RUNS_DIR")
+    with pytest.raises(OSError, match="RUNS_DIR"):
+        record([run], splits)
+
+
+def test_home_is_understood(splits, root, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(root))
+    monkeypatch.setenv("RUNS_DIR", "~/x")
+    record([fit(Tiny, splits, recipe(epochs=1))], splits)
+    assert {path.name for path in root.iterdir()} == {"x", "build"} and list(root.glob("x/**/*.safetensors"))
+
+
+# --- A record stands in for training ---
+
+
+@pytest.fixture
+def real(splits):
+    return replace(splits, source="cifar10")
+
+
+@pytest.fixture
+def committed(root, real, monkeypatch):
+    """Two runs and their record, with the first's weights; then an empty store, and replay."""
+    monkeypatch.setenv("RUN_SIZE", "full")
+    monkeypatch.setenv("RECORD", "1")
+    runs = [fit(Tiny, real, recipe(), seed=seed) for seed in (0, 1)]
+    content = record(runs, real, ship=True)
+    monkeypatch.setenv("RUNS_DIR", str(root / "elsewhere" / "runs"))
+    monkeypatch.delenv("RUN_SIZE")
+    return runs, content
+
+
+def test_a_shipped_run_brings_its_weights(root, real, committed):
+    [path] = (root / "report" / "runs").iterdir()
+    hidden = path.rename(path.with_suffix(".hidden"))
+    with each_forward() as calls:
+        run = fit(Tiny, real, recipe())
+        hidden.rename(path)  # it is read when it is asked for, and not before
+        test = evaluate(run.model, real.test, precision="float32")
+    assert calls == [] and test.nll == committed[1]["seeds"][0]["test_nll"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=path.name):
+        fit(Tiny, real, recipe()).model  # noqa: B018
+
+
+def test_a_recorded_run_without_weights_says_how_to_train(real, committed, monkeypatch):
+    trained, found = committed[0][1], fit(Tiny, real, recipe(), seed=1)
+    assert (found.history.val_top1, found.device) == (trained.history.val_top1, trained.device)
+    with pytest.raises(FileNotFoundError, match="TRAIN"):
+        found.model  # noqa: B018
+    monkeypatch.setattr(my_utils, "TRAIN", "full")
+    assert_same(fit(Tiny, real, recipe(), seed=1), trained)
+    monkeypatch.setattr(my_utils, "TRAIN", "")
+    assert_same(fit(Tiny, real, recipe(), seed=1), trained)  # now in the store
+
+
+REPLAYED = [{}, {"train": "0"}, {"size": "full"}]
+TRAINED = [{"train": "1"}, {"train": "full"}, {"train": "quick"}, {"size": "smoke"}, {"size": "quick"}, {"epochs": 3}]
+
+
+@pytest.mark.parametrize("change", [*REPLAYED, *TRAINED])
+def test_when_a_record_stands_in(real, committed, monkeypatch, capsys, change):
+    monkeypatch.setattr(my_utils, "TRAIN", change.get("train", ""))
+    if "size" in change:
+        monkeypatch.setenv("RUN_SIZE", change["size"])
+    with each_forward() as calls:
+        fit(Tiny, real, recipe(epochs=change.get("epochs", 2)), seed=1)
+    assert bool(calls) == (change in TRAINED) != ("records" in capsys.readouterr().out)
+    assert change in TRAINED or my_utils.run_size() == "full"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_record_made_again_says_the_same(real, committed, monkeypatch, stopped):
+    with monkeypatch.context() as patch, each_forward(lambda call, _, logits: logits / 0 if call % 6 == 5 else None):
+        patch.setattr(my_utils, "TRAIN", "full")
+        for seed in (0, 1) * stopped:  # what is left of a training that stopped hides no record
+            with pytest.raises(FloatingPointError):
+                fit(Tiny, real, recipe(), seed=seed)
+    found = [fit(Tiny, real, recipe(), seed=seed) for seed in (0, 1)]
+    assert record(found, real, ship=True) == committed[1]
+    monkeypatch.setenv("RECORD", "0")
+    assert record(found[1:], real, ship=True)["seeds"] == committed[1]["seeds"][1:]
+
+
+def test_a_cell_says_once_that_its_runs_were_found(real, committed, monkeypatch, capsys):
+    shell = types.SimpleNamespace(kernel=True, execution_count=1)
+    monkeypatch.setitem(my_utils.sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    for shell.execution_count in (1, 2):
+        for seed in (0, 1):
+            fit(Tiny, real, recipe(), seed=seed)
+        assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_per_cent():
+    assert [percent([0.87654]), percent([None]), percent([0.9, None])] == ["87.65", "-", "-"]
+    assert percent([0.90, 0.91, 0.95]) == "92.00 ± 2.65"  # sqrt((4 + 1 + 9) / 2)
 
 
 def made_up(name, data="cifar10", published=None, **columns):
     seeds = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return {
-        "name": name,
-        "data": data,
-        "epochs": 10,
-        "parameters": 1_234_567,
-        "train_flops": 2.5e15,
-        "published_top1": published,
-        "seeds": seeds,
-    }
+    content = {"name": name, "data": data, "epochs": 10, "parameters": 1_234_567, "train_flops": 2.5e15}
+    return content | {"published_top1": published, "seeds": seeds}
 
 
 def test_results_table():
-    one = made_up("one", val_top1=[0.80], test_top1=[0.79], train_seconds=[61.6], published=0.9436)
-    two = made_up("two", val_top1=[0.9, 0.92], test_top1=[0.88, 0.90], train_seconds=[100, 200])
-    table = results_table([two, one])
-    assert table.index.name == "name"
-    assert table.index.tolist() == ["two", "one"]
-    assert table.to_dict("index") == {
-        "one": {
-            "val top-1 %": "80.00",
-            "test top-1 %": "79.00",
-            "published %": "94.36",
-            "epochs": 10,
-            "seeds": 1,
-            "parameters": "1,234,567",
-            "train PFLOP": "2.500",
-            "seconds": "62",
-        },
-        "two": {
-            "val top-1 %": "91.00 ± 1.41",
-            "test top-1 %": "89.00 ± 1.41",
-            "published %": "-",
-            "epochs": 10,
-            "seeds": 2,
-            "parameters": "1,234,567",
-            "train PFLOP": "2.500",
-            "seconds": "100",
-        },
+    one = made_up("one", val_top1=[0.80], test_top1=[0.79], published=0.9436)
+    two = made_up("two", val_top1=[0.9, 0.92], test_top1=[0.88, 0.90])
+    table, columns = (
+        results_table([two, one]),
+        "val top-1 %,test top-1 %,published %,epochs,seeds,parameters,train PFLOP",
+    )
+    assert table.index.name == "name" and ",".join(table) == columns
+    assert table.T.to_dict("list") == {
+        "two": ["91.00 ± 1.41", "89.00 ± 1.41", "-", 10, 2, "1,234,567", "2.500"],
+        "one": ["80.00", "79.00", "94.36", 10, 1, "1,234,567", "2.500"],
     }
-
-
-def test_a_table_of_synthetic_data_says_so():
-    real, other = (made_up(d, d, val_top1=[0.5], test_top1=[0.5], train_seconds=[1]) for d in ("cifar10", "synthetic"))
-    assert results_table([real, other]).index.name == "synthetic data, not CIFAR-10"
+    better = made_up("one", val_top1=[0.80], test_top1=[0.79], test_top1_tta=[0.81])
+    assert results_table([two, better])["with TTA %"].tolist() == ["-", "81.00"]
+    other = made_up("synthetic", "synthetic", val_top1=[0.5], test_top1=[0.5])
+    assert "not CIFAR-10" in results_table([one, other]).index.name

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.usefixtures("store")
 
 
 @contextlib.contextmanager
-def training(steps: int):
+def training_steps(count: int):
     """Check that so many steps are taken in epochs."""
     with each_forward() as calls:
         yield
-    assert len(calls) == steps
+    assert len(calls) == count
 
 
 def interrupt(*_):
@@ -68,7 +68,7 @@ def test_a_finished_run_is_found_where_its_file_was_moved(splits, store, monkeyp
     assert files(store) == [store / "smoke" / "test" / "tiny" / f"seed3-{trained.fingerprint}.safetensors"]
     before = trained.path.read_bytes()
     monkeypatch.setenv("RUNS_DIR", str(shutil.move(store, f"{store}-moved")))
-    with training(0):
+    with training_steps(0):
         found = fit(Tiny, splits, settings, seed=3)
         assert_same(found, trained)
     assert not found.model.training and not trained.model.training
@@ -101,7 +101,7 @@ CHANGES = {
 def test_what_changes_the_result_makes_another_file(splits, store, whole, copied, change):
     before = files(store)
     arguments = {"build_model": Tiny, "splits": splits, "recipe": recipe(epochs=3)} | change(splits)
-    with training(12 if arguments["splits"].val else 18):
+    with training_steps(12 if arguments["splits"].val else 18):
         run = fit(**arguments)
     assert files(store) == sorted([*before, run.path])
     assert (run.fingerprint == whole.fingerprint) == ("run" in arguments)  # the name is the place alone
@@ -165,7 +165,7 @@ def test_interrupted_in_every_epoch_ends_with_the_same_bits(splits, store, setti
             again()
         [path] = files(store)
         assert my_utils.load_run(path)["history"]["val_loss"] == reference.history.val_loss[:epochs]
-    with training(4):  # the last epoch alone
+    with training_steps(4):  # the last epoch alone
         assert_same(again(), reference)
 
 
@@ -195,7 +195,7 @@ def test_what_stops_a_training_leaves_the_epochs_before(splits, store, whole, ca
         fit(Tiny, splits, recipe(epochs=3))
     assert [len(my_utils.load_run(path)["history"]["seconds"]) for path in files(store)] == [epochs] * (epochs > 0)
     assert f"after epoch {epochs + 1}" not in capsys.readouterr().out
-    with training(12 - 4 * epochs):
+    with training_steps(12 - 4 * epochs):
         assert_same(fit(Tiny, splits, recipe(epochs=3)), whole)
 
 
@@ -218,7 +218,7 @@ def test_a_run_that_another_process_ends_just_before_the_lock_is_free_is_loaded(
         return lock(*arguments, **options)
 
     monkeypatch.setattr(filelock, "FileLock", late)
-    with training(0):
+    with training_steps(0):
         assert_same(fit(Tiny, splits, recipe(epochs=3)), whole)
 
 
@@ -232,7 +232,6 @@ DAMAGES = {
     "start": lambda good: good[:10],
     "empty": lambda good: b"",
     "zeros": lambda good: bytes(len(good)),
-    "text": lambda good: b"hello world\n" * 100,
     "random": lambda good: random.Random(0).randbytes(len(good)),
     "pickle": lambda good: b"cbuiltins\nopen\n(Vmark\nVw\ntR.",  # opened as a pickle, it writes a file
     "header of 2^60 bytes": lambda good: (1 << 60).to_bytes(8, "little") + good[8:],
@@ -245,10 +244,10 @@ def test_a_damaged_file_is_named_and_nothing_else_is_lost(splits, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     bad = damage(copied.read_bytes())
     copied.write_bytes(bad)
-    with training(0), pytest.raises(ValueError, match=f"{re.escape(str(copied))}.*delete"):
+    with training_steps(0), pytest.raises(ValueError, match=f"{re.escape(str(copied))}.*delete"):
         fit(Tiny, splits, recipe(epochs=3))
     assert copied.read_bytes() == bad and not Path("mark").exists()
-    with training(0):
+    with training_steps(0):
         fit(Tiny, splits, recipe(epochs=3), seed=1)
     copied.unlink()
     assert_same(fit(Tiny, splits, recipe(epochs=3)), whole)
@@ -297,5 +296,5 @@ def test_a_write_that_fails_leaves_the_epoch_before(splits, store, whole, monkey
 def test_a_folder_that_cannot_be_made_is_said_before_training(splits, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
-    with training(0), pytest.raises(OSError, match="RUNS_DIR"):
+    with training_steps(0), pytest.raises(OSError, match="RUNS_DIR"):
         fit(Tiny, splits, recipe())
