@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import filelock
 import numpy as np
@@ -42,7 +42,7 @@ import seaborn as sns
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
@@ -91,11 +91,6 @@ def run_size() -> str:
 def by_size(*, smoke, quick, full):
     """Return the one of three values that belongs to the current run size."""
     return {"smoke": smoke, "quick": quick, "full": full}[run_size()]
-
-
-def seeds() -> range:
-    """Return the seeds of a headline run: 0 .. SEEDS - 1, with the environment variable SEEDS (default 1)."""
-    return range(1 if run_size() == "smoke" else int(os.environ.get("SEEDS") or 1))
 
 
 def pick_device() -> torch.device:
@@ -474,7 +469,9 @@ class Recipe:
     schedule: Literal["constant", "step", "cosine", "onecycle"] = "constant"
     schedule_args: dict = field(default_factory=dict)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    augmentation: Augmentation = Augmentation()
+    augmentation: Annotated[
+        Augmentation, BeforeValidator(lambda a: Augmentation(**(a if isinstance(a, dict) else asdict(a))))
+    ] = Augmentation()
     weight_averaging: float | None = Field(None, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -502,6 +499,9 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     for name, options in optimizer_options(model, recipe).items():
         arguments = {"lr" if key == "learning_rate" else key: value for key, value in options.items()}
         groups = kinds.setdefault(kind := arguments.pop("optimizer"), {})
+        one_of("optimizer", kind, OPTIMIZERS)
+        if "lr" in options or "learning_rate" not in options:
+            raise ValueError(f"the options of {name} must give learning_rate, under that name: {options}")
         OPTIMIZERS[kind]([parameters[name]], **arguments)  # refuses a misspelled argument; in a group it would not
         groups.setdefault(json.dumps(arguments), {**arguments, "params": []})["params"].append(parameters[name])
     return [OPTIMIZERS[kind](list(groups.values())) for kind, groups in kinds.items() if groups]
@@ -511,6 +511,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
     """Return the learning-rate schedule for epochs of `steps` batches; it is stepped once per batch."""
     schedulers, arguments, total = torch.optim.lr_scheduler, dict(recipe.schedule_args), recipe.epochs * steps
     if recipe.schedule == "step":
+        if arguments.get("epochs", 0) < 1:
+            raise ValueError("schedule step needs schedule_args={'epochs': ...}, at least 1")
         return schedulers.StepLR(optimizer, arguments.pop("epochs") * steps, **arguments)
     if recipe.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, total, **arguments)
@@ -738,17 +740,14 @@ class Training:
         if recipe.weight_averaging is not None:
             average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.weight_averaging)
             self.averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        averages = zip(
-            self.result.buffers(), model.buffers(), strict=True
-        )  # of whole numbers and of -inf there are none
-        self.copied = [pair for pair in averages if not (pair[1].is_floating_point() and pair[1].isfinite().all())]
+        # Of whole numbers, and of -inf in an attention mask, there is no average.
+        pairs = zip(self.result.buffers(), model.buffers(), strict=True)
+        self.copied = [pair for pair in pairs if not (pair[1].is_floating_point() and pair[1].isfinite().all())]
         self.parallel = model
         if processes()[1] > 1:  # a gate may leave out parameters; torch advises against looking where there are none
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             if self.batch_size < processes()[1]:
-                raise ValueError(
-                    f"a batch has {self.batch_size} images; {processes()[1]} processes need at least one each"
-                )
+                raise ValueError(f"batches of {self.batch_size} images are too small for {processes()[1]} processes")
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     @property
@@ -799,12 +798,16 @@ class Progress:
         self.run, self.history, self.batch_size = run, training.history, training.batch_size
         self.plot = plot and in_notebook()
         self.figure, self.next_line, self.next_figure = None, 0.0, 0.0
-        total, done = (
-            n * training.batch_size for n in (run.recipe.epochs * training.steps, len(self.history.step_loss))
+        batch, form = (
+            training.batch_size,
+            "{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left",
         )
-        form = "{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left"
         settings = {"unit": " images", "unit_scale": True, "bar_format": form, "disable": processes()[0] > 0}
-        self.bar = tqdm(desc=run.title, total=total, initial=done, file=sys.stdout, **settings)  # stderr would be red
+        settings |= {
+            "total": run.recipe.epochs * training.steps * batch,
+            "initial": len(self.history.step_loss) * batch,
+        }
+        self.bar = tqdm(desc=run.title, file=sys.stdout, **settings)  # notebooks show standard error in red
 
     def __enter__(self) -> Progress:
         return self
@@ -936,13 +939,11 @@ def evaluate(model: nn.Module, split: Split, *, tta="none", precision="auto") ->
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its parts back into the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    yield
+    for module, training in modes.items():
+        module.training = training
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
@@ -1055,13 +1056,14 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
     content |= {key: getattr(first, key) for key in ("device", "versions", "parameters", "train_flops")}
     content |= {"epochs": first.recipe.epochs, "recipe": asdict(first.recipe)}
     content |= {"published_top1": published_top1, "published_epochs": published_epochs}
+    ship = ship and folder == ROOT / "report"
     if ship:
         weights = {
             key: value.half() if value.is_floating_point() else value for key, value in first.model.state_dict().items()
         }
         first.model.load_state_dict(weights)  # so that what ships is what is evaluated
     content["seeds"] = [seed_entry(run, splits, tta) for run in runs]
-    if ship and folder == ROOT / "report":
+    if ship:
         path = folder / "runs" / f"{name}-seed{first.seed}.safetensors"
         content["seeds"][0]["weights"] = path.name
         on_first_process(lambda: store_run(first, {"weights": weights}, path))
@@ -1072,7 +1074,7 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
 
 def seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
     """Return what a record says of one seed; without weights, what it said before."""
-    if run.recorded and "weights" not in run.recorded and not run.path.exists():
+    if run.recorded and "weights" not in run.recorded:
         return run.recorded
     test, history = evaluate(run.model, splits.test, precision=run.recipe.precision), asdict(run.history)
     for key in ("step_loss", "step_learning_rate"):  # means of equally many steps, at most 500 of them
@@ -1204,7 +1206,7 @@ FOUND: dict = {}  # the cell that has said so
 
 def find_weights(run: Run) -> Path:
     """Return the file that holds the weights of a finished run: in the run store, or shipped with the series."""
-    if run.path.exists():
+    if run.path.exists() and not run.recorded:
         return run.path
     if run.recorded and "weights" in run.recorded:
         return ROOT / "report" / "runs" / run.recorded["weights"]
@@ -1238,17 +1240,16 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        what = f"cannot write {path.name} in {path.parent}: {error.strerror}; what was there before is unchanged"
         hint = "free some space" if full else "make the folder writable"
-        raise OSError(
-            error.errno,
-            f"cannot write {path.name} in {path.parent}: {error.strerror}; what was there before is unchanged. "
-            f"To go on, {hint}, or choose another folder (RUNS_DIR for runs and results, CIFAR10_ROOT for the data)",
-        ) from error
+        where = "choose another with RUNS_DIR (runs and results) or CIFAR10_ROOT (data)"
+        raise OSError(error.errno, f"{what}. To go on, {hint}, or {where}") from error
 
 
 # What a run is: its recipe, its data, its seed, and what its network computes -----------------------------------------
 
 
+@torch.compiler.set_stance("force_eager")
 def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
     """Build a model under a seed.
 
@@ -1305,6 +1306,7 @@ def digest(*content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@torch.compiler.set_stance("force_eager")
 def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     """Return a hash of everything but the seed that a run depends on: change any of it, and it is another run.
 
@@ -1315,7 +1317,7 @@ def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     model, loaded = (make_model(build_model, 0, torch.device("cpu")) for _ in range(2))
     model, loaded = (getattr(network, "_orig_mod", network).cpu() for network in (model, loaded))  # not as compiled
     tensors, again = ([*network.parameters(), *network.buffers()] for network in (model, loaded))
-    if summary(tensors) != summary(again) or any(map(operator.is_, tensors, again)):
+    if summary(tensors) != summary(again) or any(map(operator.is_, model.parameters(), loaded.parameters())):
         raise ValueError("build_model gave other weights, or the same tensors, when it was called again with one seed")
     flat = [settings | settings.pop("augmentation") for settings in map(asdict, (recipe, Recipe(epochs=1)))]
     changed = {name: value for name, value in flat[0].items() if value != flat[1][name] or name == "epochs"}
@@ -1357,7 +1359,7 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
     Raises:
         ValueError: it would compute something else after it was stored and loaded.
     """
-    for network in (model.double(), loaded.double()):
+    for network in (model._apply(in_double), loaded._apply(in_double)):
         for number, weight in enumerate(network.parameters()):
             value = uniform(*weight.shape, seed=number) * (6 / max(24, weight.shape[1:].numel())) ** 0.5
             positive = not weight.is_complex() and (weight > 0).all()  # then it may stand under a root
@@ -1391,24 +1393,34 @@ def try_out(model: nn.Module, training: bool) -> Tensor:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # for constants in `forward`
     try:
-        with seeded(torch.device("cpu"), 0), SameMasks():
+        with seeded(torch.device("cpu"), 0), InDouble():
             return model.train(training)(2 * uniform(3, 3, 32, 32, seed=0))
     except RuntimeError as error:
-        message = (
-            "the model fails in float64 on a CPU, where it is fingerprinted; keep its tensors with register_buffer"
-        )
-        raise ValueError(f"{message} ({error})") from error
+        raise ValueError(f"the model fails in float64 on a CPU, which its fingerprint needs: {error}") from error
     finally:
         torch.set_default_dtype(before)
 
 
-class SameMasks(TorchDispatchMode):
-    """Draw dropout's masks from uniform numbers: torch's own depend on the libraries that it was built with."""
+class InDouble(TorchDispatchMode):
+    """Compute in float64 throughout, and draw dropout's masks from uniform numbers, which are alike on all machines."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        args, kwargs = [in_double(value) for value in args], dict(kwargs or {})
         if function is torch.ops.aten.bernoulli_.float:
-            return args[0].copy_(torch.rand(args[0].shape, dtype=torch.float64) < (args[1:] or (0.5,))[0])
-        return function(*args, **(kwargs or {}))
+            return args[0].copy_(torch.rand(args[0].shape, dtype=torch.float64) < (args[1:] or [0.5])[0])
+        if kwargs.get("dtype") in DOUBLE:  # x.float() and the like
+            kwargs["dtype"] = DOUBLE[kwargs["dtype"]]
+        return function(*args, **kwargs)
+
+
+DOUBLE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | {
+    torch.complex64: torch.complex128
+}
+
+
+def in_double(value):
+    """Return a tensor with 64 bits for each real number, and everything else as it is."""
+    return value.to(DOUBLE[value.dtype]) if isinstance(value, Tensor) and value.dtype in DOUBLE else value
 
 
 # Several processes: torchrun starts one per GPU, and each runs the whole script ---------------------------------------

@@ -30,7 +30,27 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, os.environ.get("CODE", str(ROOT)))  # the edition to measure
+import torch
+import torchvision
+from torch import nn
+from torchvision import transforms as T
+
+import my_utils as utils
+
 IMPORT = "import time; start = time.perf_counter(); import my_utils; print(time.perf_counter() - start)"
+BASIC = {"batch_size": 32, "learning_rate": 0.01, "augmentation": utils.Augmentation(flip="random")}
+ADAM = {"optimizer": "adamw", "learning_rate": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0}
+MUON = {"optimizer": "normalized_muon", "learning_rate": 0.17, "momentum": 0.6, "weight_decay": 0.0}
+FAST = {  # the recipe of notebook 03's fast model
+    "batch_size": 1000,
+    "learning_rate": 53.0,
+    "optimizer_args": {"momentum": 0.85, "nesterov": True, "weight_decay": 4e-5},
+    "overrides": {"*bank": MUON, "*.gate.*": ADAM, "head.*": {"learning_rate": 670.0, "weight_decay": 3e-6}},
+    "schedule": "onecycle",
+    "schedule_args": {"pct_start": 0.03, "anneal_strategy": "linear", "cycle_momentum": False, "div_factor": 10},
+    "label_smoothing": 0.2,
+    "augmentation": utils.Augmentation(crop=2, flip="alternating"),
+}
 
 
 def fit(build_model, splits, epochs=1, seed=0, **settings) -> float:
@@ -60,7 +80,7 @@ def measure(what: str, quick: bool) -> float:
 def run(*command, **environment) -> float:
     """Return the number that a new process prints."""
     with tempfile.TemporaryDirectory() as store:  # the measured trainings leave no trace
-        environment = os.environ | {"RUN_SIZE": "quick", "RUNS_DIR": store} | environment
+        environment = os.environ | {"RUN_SIZE": "quick", "RUNS_DIR": store, "CODE": str(ROOT)} | environment
         command = [sys.executable, *map(str, command)]
         return float(subprocess.run(command, env=environment, check=True, text=True, stdout=-1).stdout.split()[-1])
 
@@ -111,7 +131,10 @@ def compare(name, target, repeats, here, usual=lambda repeat: None, form="{:,.0f
     """Print the row of two functions of the number of the repeat."""
     pairs = [(here(repeat), usual(repeat)) for repeat in range(repeats)]
     ones, others = zip(*pairs, strict=True)
-    texts = [form.format(median(ones)), *([form.format(median(others)), f"{median(a / b for a, b in pairs):.2f}"] if others[0] else ["", ""])]
+    texts = [
+        form.format(median(ones)),
+        *([form.format(median(others)), f"{median(a / b for a, b in pairs):.2f}"] if others[0] else ["", ""]),
+    ]
     print("{:30}{:>18}{:>18}{:>7}  {}".format(name, *texts, target), flush=True)
 
 
@@ -150,3 +173,35 @@ def table(quick: bool, former: Path | None) -> None:
             compare(name, "at least 0.98", repeats, *sides)
         sides = (lambda n, side=side: run("-c", IMPORT, **side) for side in (here, usual))
         compare("import, former", "at most 1", repeats, *sides, form="{:.2f} s")
+
+
+def table_of_processes(quick: bool) -> None:
+    """On a CPU a process gets one thread, and a row of one process with two threads, as without torchrun, is added."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    rows = {"1 process": ([], 1), "2 processes": (launcher, 1)}
+    if not torch.cuda.is_available():
+        rows["1 process, 2 threads"] = ([], 2)
+    speeds = {name: [] for name in rows}
+    for _ in range(1 if quick else 5):
+        for name, (start, threads) in rows.items():
+            command = [*start, __file__, "processes", *["--quick"] * quick]
+            speeds[name].append(run(*command, OMP_NUM_THREADS=str(threads)))
+    for name, values in speeds.items():
+        ratio = median(a / b for a, b in zip(values, speeds["1 process"], strict=True))
+        print(f"{name:30}{median(values):>9,.0f} images/s{ratio:>7.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", help="only measure: basic, fast, processes or memory, and print the number")
+    parser.add_argument("--former", type=Path, help="a checkout of an earlier commit")
+    parser.add_argument("--processes", action="store_true", help="one process and two")
+    parser.add_argument("--quick", action="store_true", help="once and in a tiny size, which measures nothing")
+    arguments = parser.parse_args()
+    if arguments.what:
+        print(measure(arguments.what, arguments.quick))
+    elif arguments.processes:
+        table_of_processes(arguments.quick)
+    else:
+        with tempfile.TemporaryDirectory() as os.environ["RUNS_DIR"]:
+            table(arguments.quick, arguments.former)

@@ -22,8 +22,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 
 class Slow(Tiny):
+    """A network that takes its time, and says with its first training step that it is time to kill it."""
+
+    pipe = None
+
     def forward(self, x):
-        time.sleep(0.02 if self.training and len(x) == 25 else 0)
+        if self.training and len(x) == 25:
+            time.sleep(0.02)
+            Slow.pipe and Slow.pipe.close()
         return super().forward(x)
 
 
@@ -32,40 +38,37 @@ def train(seed: int) -> None:
     images, labels = my_utils.draw_synthetic(300)
     make = partial(Split, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     splits = Splits(*(make(images[i : i + 100], labels[i : i + 100]) for i in (0, 100, 200)), "synthetic")
-    random_changes = Augmentation(crop=2, flip="random")
-    settings = {"optimizer": "adamw", "schedule": "onecycle", "weight_averaging": 0.9, "augmentation": random_changes}
-    settings = recipe(epochs=10, batch_size=25, **settings)
+    settings = {"optimizer": "adamw", "schedule": "onecycle", "augmentation": Augmentation(crop=2, flip="random")}
+    settings = recipe(epochs=10, batch_size=25, weight_averaging=0.9, **settings)
     run = my_utils.fit(Slow, splits, settings, run="test/slow", seed=seed, plot=False, device="cpu")
     my_utils.record([run], splits, notebook="01")
 
 
-def work(folder: Path, seed: int, ready) -> None:
+def work(folder: Path, seed: int, pipe) -> None:
     """Train in another process, where writing takes so long that many kills fall into it."""
 
-    def slowly(act, *arguments):
-        time.sleep(0.03)
-        act(*arguments)
-        time.sleep(0.03)
-
-    os.fsync, os.replace = partial(slowly, os.fsync), partial(slowly, os.replace)
+    for name in ("fsync", "replace"):
+        act = getattr(os, name)
+        setattr(os, name, lambda *arguments, act=act: (time.sleep(0.03), act(*arguments), time.sleep(0.03)))
     os.environ |= {"RUNS_DIR": str(folder / "runs"), "RUN_SIZE": "smoke"}
     torch.set_num_threads(1)
-    ready.set()
+    Slow.pipe = pipe
     train(seed)
 
 
 @pytest.fixture
 def start(monkeypatch):
-    """Return the function that starts `work` in a process, which imports nothing anew."""
+    """Return a function that starts `work` in a process, which imports nothing anew."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context, started = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload([__name__])
 
     def begin(folder: Path, seed: int):
-        ready = context.Event()
-        started.append(context.Process(target=work, args=(folder, seed, ready)))
+        receiver, sender = context.Pipe(duplex=False)
+        started.append(context.Process(target=work, args=(folder, seed, sender)))
         started[-1].start()
-        assert ready.wait(120)
+        sender.close()
+        assert receiver.poll(120)
         return started[-1]
 
     yield begin
@@ -80,31 +83,31 @@ def stored(folder: Path) -> list[dict]:
 
 def outcome(folder: Path) -> tuple:
     """Return all that a run leaves and that does not depend on the time."""
-    [run], [record] = stored(folder), list(folder.rglob("*.json"))
+    [run], [text] = stored(folder), [path.read_text() for path in folder.rglob("*.json")]
     seconds = run["history"].pop("seconds")
-    text = record.read_text()
     for value in (*seconds, sum(seconds)):
         text = text.replace(str(value), "")
     weights = {name: value.tolist() for name, value in run.pop("weights").items()}
     return run, weights, text, sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
-def finish(process) -> None:
+def finish(process) -> float:
+    """Wait for the end of a process, and return how many seconds that took."""
+    begin = time.monotonic()
     process.join(300)
     assert process.exitcode == 0
+    return time.monotonic() - begin
 
 
 def test_what_is_killed_goes_on_to_the_same_bits(tmp_path, start):
     number = random.randrange(2**32)
-    print("seed of the moments", number)  # pytest shows it if the test fails
-    moments, landed, kept, begin = random.Random(number), 0, {}, time.monotonic()
-    for seed in range(RUNS):
-        finish(start(tmp_path / f"whole{seed}", seed))
-    lasts = (time.monotonic() - begin) / RUNS
+    print("seed of the moments", number)
+    moments, landed, kept = random.Random(number), 0, {}
+    lasts = min(finish(start(tmp_path / f"whole{seed}", seed)) for seed in range(RUNS))
     for kill in range(KILLS):
         seed = kill % RUNS
         process = start(tmp_path / f"killed{seed}", seed)
-        time.sleep(moments.uniform(0, lasts / 2))
+        time.sleep(moments.uniform(0, 0.3 * lasts))
         process.kill()
         process.join()
         landed += process.exitcode != 0

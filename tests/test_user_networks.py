@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import Tiny, each_forward, recipe
+from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 
 import my_utils as utils
@@ -179,4 +179,4 @@ def test_my_utils_can_be_loaded_again(splits):
         assert utils.Recipe(epochs=1, augmentation=settings.augmentation).augmentation.crop == 2
     finally:
         vars(utils).update(old)
-    assert fit(Tiny, splits, settings).history == run.history
+    assert_same(fit(Tiny, splits, settings), run)
