@@ -326,6 +326,12 @@ def test_overrides_count_as_what_they_do():
 DRAWS = (random.random, np.random.rand, lambda: float(torch.rand(())))
 
 
+def reseed(number):
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
+
+
 def test_the_caller_notices_nothing():
     """The number of threads does not count, and the caller's settings and random numbers stay."""
     found, threads = set(), torch.get_num_threads()

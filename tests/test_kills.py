@@ -6,7 +6,6 @@ import random
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import filelock
@@ -36,17 +35,16 @@ class Slow(Tiny):
 def train(seed: int) -> None:
     """Train and record as a notebook does."""
     images, labels = my_utils.draw_synthetic(300)
-    make = partial(Split, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    splits = Splits(*(make(images[i : i + 100], labels[i : i + 100]) for i in (0, 100, 200)), "synthetic")
+    parts = [Split(images[i : i + 100], labels[i : i + 100], (0.5,) * 3, (0.25,) * 3) for i in (0, 100, 200)]
     settings = {"optimizer": "adamw", "schedule": "onecycle", "augmentation": Augmentation(crop=2, flip="random")}
     settings = recipe(epochs=10, batch_size=25, weight_averaging=0.9, **settings)
+    splits = Splits(*parts, "synthetic")
     run = my_utils.fit(Slow, splits, settings, run="test/slow", seed=seed, plot=False, device="cpu")
     my_utils.record([run], splits, notebook="01")
 
 
 def work(folder: Path, seed: int, pipe) -> None:
     """Train in another process, where writing takes so long that many kills fall into it."""
-
     for name in ("fsync", "replace"):
         act = getattr(os, name)
         setattr(os, name, lambda *arguments, act=act: (time.sleep(0.03), act(*arguments), time.sleep(0.03)))
@@ -92,7 +90,6 @@ def outcome(folder: Path) -> tuple:
 
 
 def finish(process) -> float:
-    """Wait for the end of a process, and return how many seconds that took."""
     begin = time.monotonic()
     process.join(300)
     assert process.exitcode == 0
@@ -100,14 +97,12 @@ def finish(process) -> float:
 
 
 def test_what_is_killed_goes_on_to_the_same_bits(tmp_path, start):
-    number = random.randrange(2**32)
-    print("seed of the moments", number)
-    moments, landed, kept = random.Random(number), 0, {}
+    landed, kept = 0, {}
     lasts = min(finish(start(tmp_path / f"whole{seed}", seed)) for seed in range(RUNS))
     for kill in range(KILLS):
         seed = kill % RUNS
         process = start(tmp_path / f"killed{seed}", seed)
-        time.sleep(moments.uniform(0, 0.3 * lasts))
+        time.sleep(random.uniform(0, 0.3 * lasts))
         process.kill()
         process.join()
         landed += process.exitcode != 0
