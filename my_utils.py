@@ -1056,7 +1056,7 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
     content |= {key: getattr(first, key) for key in ("device", "versions", "parameters", "train_flops")}
     content |= {"epochs": first.recipe.epochs, "recipe": asdict(first.recipe)}
     content |= {"published_top1": published_top1, "published_epochs": published_epochs}
-    ship = ship and folder == ROOT / "report"
+    ship = ship and folder == ROOT / "report" and not (first.recorded and "weights" not in first.recorded)
     if ship:
         weights = {
             key: value.half() if value.is_floating_point() else value for key, value in first.model.state_dict().items()

@@ -1,21 +1,17 @@
-"""Print one table of speeds, memory and import time, each beside another way of doing it: `python tests/benchmark.py`.
+"""Print one table of speeds, memory and import time, each beside another way: `python tests/benchmark.py`.
 
 - batches: random crop, mirroring and normalisation to float batches of 128, on the CPU; beside it torchvision's
   transforms of PIL images in a DataLoader whose two workers are running before the clock starts.
 - fit: notebook 01's network; beside it a bare loop over batches that lie ready, with the same optimizer and precision.
 - bfloat16: such a loop with notebook 03's fast model on the CPU; beside it float32.
 - memory: the most that a process holds that loads all data and trains notebook 01's network for one epoch.
-- import: of `my_utils`.
 
 `--former FOLDER`, a checkout of an earlier commit, adds rows that put its `my_utils` and its notebooks beside these.
 `--processes` prints another table: two processes that torchrun starts beside one, on the same batches of 256 images.
-
-Each number comes from a process of its own. The two of a row run in turn, five times; medians are printed, and the
-median of the ratios.
+Each number comes from a process of its own. The two of a row run in turn, five times; what is printed are medians.
 """
 
 import argparse
-import functools
 import importlib
 import os
 import shutil
@@ -23,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -34,8 +31,7 @@ from torchvision import transforms as T
 sys.path.insert(0, os.environ.get("CODE", str(Path(__file__).resolve().parents[1])))  # which edition is measured
 import my_utils as utils
 
-AUGMENTATION = utils.Augmentation(crop=4, flip="random")
-RECIPE = {"batch_size": 32, "learning_rate": 0.01, "augmentation": AUGMENTATION}
+CROP_AND_FLIP = utils.Augmentation(crop=4, flip="random")
 ADAM = {"optimizer": "adamw", "learning_rate": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0}
 MUON = {"optimizer": "normalized_muon", "learning_rate": 0.17, "momentum": 0.6, "weight_decay": 0.0}
 CYCLE = {"pct_start": 0.03, "anneal_strategy": "linear", "cycle_momentum": False, "div_factor": 10}
@@ -47,20 +43,19 @@ FAST |= {"augmentation": utils.Augmentation(crop=2, flip="alternating")}
 
 def fit(build_model, splits, epochs, **settings) -> float:
     """Train with `my_utils.fit`; return images per second, without a first epoch of several."""
-    recipe = utils.Recipe(epochs=epochs, **RECIPE | settings)
+    recipe = utils.Recipe(epochs=epochs, **{"batch_size": 32, "augmentation": CROP_AND_FLIP} | settings)
     history = utils.fit(build_model, splits, recipe, run="benchmark", plot=False).history
     return len(history.step_loss) / epochs * recipe.batch_size / median(history.seconds[1:] or history.seconds)
 
 
 def train(model, batches, device, dtype) -> float:
-    """Train in a bare loop; return images per second, without the first steps."""
+    """Train in a bare loop; return images per second."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     batches = [(images.to(device).contiguous(memory_format=layout), labels.to(device)) for images, labels in batches]
-    optimizer = torch.optim.SGD(model.to(device, memory_format=layout).parameters(), RECIPE["learning_rate"])
+    optimizer = torch.optim.SGD(model.to(device, memory_format=layout).parameters(), 0.01)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    for step, (images, labels) in enumerate(batches):
-        if step == len(batches) // 4:
-            start = time.perf_counter()
+    start = time.perf_counter()
+    for images, labels in batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
         scaler.scale(nn.functional.cross_entropy(logits.float(), labels)).backward()
@@ -68,7 +63,7 @@ def train(model, batches, device, dtype) -> float:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
     next(model.parameters()).sum().item()  # waits for a GPU
-    return sum(len(labels) for _, labels in batches[len(batches) // 4 :]) / (time.perf_counter() - start)
+    return sum(len(labels) for _, labels in batches) / (time.perf_counter() - start)
 
 
 def read(batches) -> float:
@@ -77,101 +72,90 @@ def read(batches) -> float:
     return sum(len(labels) for _, labels in batches) / (time.perf_counter() - start)
 
 
-def read_pictures(split) -> float:
-    """Read torchvision's data set of PIL images, over a split that is in memory already."""
+def pictures(split) -> torch.utils.data.DataLoader:
+    """Return running workers that read torchvision's data set of PIL images, over a split in memory."""
     data = torchvision.datasets.CIFAR10.__new__(torchvision.datasets.CIFAR10)
     data.data, data.targets = split.images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.tolist()
     augment, normalise = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()], T.Normalize(split.mean, split.std)
     data.transform, data.target_transform = T.Compose([*augment, T.ToTensor(), normalise]), None
     loader = torch.utils.data.DataLoader(data, 128, shuffle=True, num_workers=2, persistent_workers=True)
-    next(iter(loader))  # starts the workers
-    return read(loader)
+    next(iter(loader))
+    return loader
 
 
 def measure(what: str, quick: bool) -> float:
     """Return images per second of one way, or memory in GiB."""
-    splits, cpu = utils.load_cifar10(synthetic=None if what == "memory" else True), torch.device("cpu")
-    basic, part = utils.models_of("01_baseline").BasicNet, splits.head(1280 if quick else 6400, 10, 10)
+    splits, cpu = utils.load_cifar10(synthetic=what != "memory" or None), torch.device("cpu")
+    part, epochs = splits.head(1280 if quick else 3200, 10, 10), 2 if quick else 4
+    basic, advanced = (utils.models_of(name) for name in ("01_baseline", "03_advanced_training"))
     if what == "memory":
-        fit(basic, splits.head(640 if quick else None), epochs=1)
+        fit(basic.BasicNet, splits.head(640 if quick else None), 1)
         peak = importlib.import_module("resource").getrusage(0).ru_maxrss  # in bytes on macOS, in KiB on Linux
         return peak / (2**30 if sys.platform == "darwin" else 2**20)
-    if what == "batches":
-        return read(utils.batches(splits.train, 128, augmentation=AUGMENTATION, seed=0))
-    if what == "pictures":
-        return read_pictures(splits.train[: 1280 if quick else None])
-    if what == "bare":
-        ready = list(utils.batches(part.train, RECIPE["batch_size"], seed=0))
-        return train(basic(), ready, utils.pick_device(), utils.pick_precision())
-    if what in ("fit", "processes"):
-        return fit(basic, part, 2 if quick else 4, **{"batch_size": 256} if what == "processes" else {})
-    final = utils.models_of("03_advanced_training")
-    filters = final.parts.whitening_filters(splits.train)
-    network = functools.partial(final.FinalNet, filters=filters, widths=(64, 256, 256), norm=True)
-    if what == "fast":
-        return fit(network, splits.head(1000 if quick else 3000, 10, 10), 2 if quick else 4, **FAST)
-    return train(network(), list(utils.batches(part.train, 128, seed=0))[:10], cpu, getattr(torch, what))
+    filters = advanced.parts.whitening_filters(splits.train)
+    fast = partial(advanced.FinalNet, filters=filters, widths=(64, 256, 256), norm=True)
+    ready = partial(utils.batches, part.train, seed=0)
+    ways = {
+        "batches": lambda: read(utils.batches(splits.train, 128, augmentation=CROP_AND_FLIP, seed=0)),
+        "pictures": lambda: read(pictures(splits.train[: 1280 if quick else None])),
+        "fit": lambda: fit(basic.BasicNet, part, epochs),
+        "processes": lambda: fit(basic.BasicNet, part, epochs, batch_size=256),
+        "fast": lambda: fit(fast, part, epochs, **FAST),
+        "bare": lambda: train(basic.BasicNet(), ready(32), utils.pick_device(), utils.pick_precision()),
+        "bfloat16": lambda: train(fast(), ready(128), cpu, torch.bfloat16),
+        "float32": lambda: train(fast(), ready(128), cpu, torch.float32),
+    }
+    return ways[what]()
 
 
 def run(*command, **environment) -> float:
     """Return the number that another process prints last; its training leaves no trace."""
     with tempfile.TemporaryDirectory() as store:
         environment = os.environ | {"RUN_SIZE": "quick", "RUNS_DIR": store} | environment
-        answer = subprocess.run([sys.executable, *command], env=environment, check=True, text=True, stdout=-1)
-    return float(answer.stdout.split()[-1])
-
-
-def compare(quick: bool, name: str, target: str, here, usual=None, unit="{:,.0f} images/s") -> None:
-    """Print the row of two ways, or of one."""
-    pairs = [(here(), usual() if usual else 1) for _ in range(1 if quick else 5)]
-    texts = [unit.format(median(values)) for values in zip(*pairs, strict=True)]
-    texts = [*texts, f"{median(a / b for a, b in pairs):.2f}"] if usual else [texts[0], "", ""]
-    print("{:32}{:>18}{:>18}{:>7}  {}".format(name, *texts, target), flush=True)
+        said = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    return float(said.stdout.split()[-1]) if said.returncode == 0 else sys.exit(said.stderr)
 
 
 def main(quick: bool, former: Path | None, processes: bool) -> None:
-    def way(what, *launcher, code="", **environment):
-        if what == "import":
-            clock = "import time; start = time.perf_counter(); import my_utils; print(time.perf_counter() - start)"
-            return functools.partial(run, "-c", clock, PYTHONPATH=code or sys.path[0])
-        environment |= {"CODE": str(code or sys.path[0])}
-        return functools.partial(run, *launcher, __file__, what, *["--quick"] * quick, **environment)
+    def way(what, *launcher, code=sys.path[0], threads=None):
+        environment = {"CODE": code, "PYTHONPATH": code} | ({"OMP_NUM_THREADS": threads} if threads else {})
+        clock = "import time; start = time.perf_counter(); import my_utils; print(time.perf_counter() - start)"
+        command = ["-c", clock] if what == "import" else [*launcher, __file__, what, *["--quick"] * quick]
+        return partial(run, *command, **environment)
 
-    row = functools.partial(compare, quick)
-    print(f"{utils.describe_device()}, torch {torch.__version__}\n{'':40}here{'beside it':>22}  ratio  target")
+    def row(name, target, here, beside=None, unit="{:,.0f} images/s"):
+        pairs = [(here(), beside() if beside else 1) for _ in range(1 if quick else 5)]
+        texts = [unit.format(median(values)) for values in zip(*pairs, strict=True)]
+        texts = [*texts, f"{median(a / b for a, b in pairs):.2f}"] if beside else [texts[0], "", ""]
+        print("{:32}{:>18}{:>18}{:>7}  {}".format(name, *texts, target), flush=True)
+
+    print(f"{utils.describe_device()}, torch {torch.__version__}\n{'':46}here{'beside it':>18}  ratio  target")
     if processes:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        for threads in (1, 2):
-            one = way("processes", OMP_NUM_THREADS=str(threads))
-            row(
-                f"2 processes, 1 with {threads} thread{'s' * (threads > 1)}",
-                "",
-                way("processes", *launcher, OMP_NUM_THREADS="1"),
-                one,
-            )
+        for threads in ("1", "2"):  # on a CPU each of the two has one thread
+            two = way("processes", *launcher, threads="1")
+            row(f"2 processes, 1 with threads: {threads}", "", two, way("processes", threads=threads))
         return
     row("batches, torchvision's", "at least 10", way("batches"), way("pictures"))
     row("fit, a bare loop", "at least 0.95", way("fit"), way("bare"))
     row("bfloat16, float32", "at least 1.6 where it is taken", way("bfloat16"), way("float32"))
     row("memory", "below 2", way("memory"), unit="{:.2f} GiB")
     row("import", "", way("import"), unit="{:.2f} s")
-    with tempfile.TemporaryDirectory() as copy:
-        if former:  # a copy, for it may write where it stands
+    with tempfile.TemporaryDirectory() as copy:  # for a former edition may write where it stands
+        if former:
             shutil.copy(former / "my_utils.py", copy)
             shutil.copytree(former / "notebooks", Path(copy, "notebooks"))
-            row("fit, former", "at least 0.98", way("fit"), way("fit", code=copy))
-            row("fit of the fast model, former", "at least 0.98", way("fast"), way("fast", code=copy))
+            for what in ("fit", "fast"):
+                row(f"{what}, former", "at least 0.98", way(what), way(what, code=copy))
             row("import, former", "at most 1", way("import"), way("import", code=copy), unit="{:.2f} s")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", help=argparse.SUPPRESS)  # what this process measures
+    parser.add_argument("what", nargs="?", help=argparse.SUPPRESS)  # to measure in this process
     parser.add_argument("--quick", action="store_true", help="once and in a tiny size, which measures nothing")
     parser.add_argument("--former", type=Path, help="a checkout of an earlier commit")
     parser.add_argument("--processes", action="store_true", help="two processes beside one")
     arguments = vars(parser.parse_args())
-    if what := arguments.pop("what"):
-        print(measure(what, arguments["quick"]))
-    else:
-        main(**arguments)
+    what = arguments.pop("what")
+    print(measure(what, arguments["quick"])) if what else main(**arguments)

@@ -14,7 +14,6 @@ import torch
 from tiny import Tiny, recipe
 
 import my_utils
-from my_utils import Augmentation, Split, Splits
 
 KILLS, RUNS = 20, 4
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -35,10 +34,9 @@ class Slow(Tiny):
 def train(seed: int) -> None:
     """Train and record as a notebook does."""
     images, labels = my_utils.draw_synthetic(300)
-    parts = [Split(images[i : i + 100], labels[i : i + 100], (0.5,) * 3, (0.25,) * 3) for i in (0, 100, 200)]
-    settings = {"optimizer": "adamw", "schedule": "onecycle", "augmentation": Augmentation(crop=2, flip="random")}
-    settings = recipe(epochs=10, batch_size=25, weight_averaging=0.9, **settings)
-    splits = Splits(*parts, "synthetic")
+    parts = [my_utils.Split(images[i : i + 100], labels[i : i + 100], (0.5,) * 3, (0.25,) * 3) for i in (0, 100, 200)]
+    settings = recipe(epochs=10, batch_size=25, optimizer="adamw", schedule="onecycle", weight_averaging=0.9)
+    splits = my_utils.Splits(*parts, "synthetic")
     run = my_utils.fit(Slow, splits, settings, run="test/slow", seed=seed, plot=False, device="cpu")
     my_utils.record([run], splits, notebook="01")
 

@@ -63,13 +63,13 @@ def copied(whole, store):
 
 @pytest.mark.parametrize("averaging", [None, 0.9])
 def test_a_finished_run_is_found_where_its_file_was_moved(splits, store, monkeypatch, averaging):
-    settings = recipe(weight_averaging=averaging)
-    trained = fit(Tiny, splits, settings, seed=3)
+    probe = lambda model: {"tensor": 1.0}  # noqa: E731
+    trained = fit(Tiny, splits, recipe(weight_averaging=averaging), seed=3, probe=probe)
     assert files(store) == [store / "smoke" / "test" / "tiny" / f"seed3-{trained.fingerprint}.safetensors"]
     before = trained.path.read_bytes()
     monkeypatch.setenv("RUNS_DIR", str(shutil.move(store, f"{store}-moved")))
     with training_steps(0):
-        found = fit(Tiny, splits, settings, seed=3)
+        found = fit(Tiny, splits, trained.recipe, seed=3, probe=probe)
         assert_same(found, trained)
     assert not found.model.training and not trained.model.training
     assert replace(found, path=trained.path) == trained
