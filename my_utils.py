@@ -744,10 +744,10 @@ class Training:
         pairs = zip(self.result.buffers(), model.buffers(), strict=True)
         self.copied = [pair for pair in pairs if not (pair[1].is_floating_point() and pair[1].isfinite().all())]
         self.parallel = model
-        if processes()[1] > 1:  # a gate may leave out parameters; torch advises against looking where there are none
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        if processes()[1] > 1:
             if self.batch_size < processes()[1]:
                 raise ValueError(f"batches of {self.batch_size} images are too small for {processes()[1]} processes")
+            # A gate may leave out parameters, so they are looked for.
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
     @property
@@ -941,9 +941,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each of its parts back into the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    yield
-    for module, training in modes.items():
-        module.training = training
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
@@ -1144,7 +1146,7 @@ def store_run(run: Run, content: dict, path: Path) -> None:
 
     def keep(tensor: Tensor) -> dict:
         tensors[f"{len(tensors):05}"] = tensor.detach().cpu().contiguous().clone()
-        return {"tensor": f"{len(tensors) - 1:05}"}
+        return {"__tensor__": f"{len(tensors) - 1:05}"}
 
     about = {
         "name": run.name,
@@ -1168,7 +1170,7 @@ def load_run(path: Path) -> dict:
             found, tensors = file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if found["sha256"] != checksum(found["state"], tensors):
             raise ValueError("its checksum does not fit")
-        fill = lambda value: tensors[value["tensor"]] if value.keys() == {"tensor"} else value  # noqa: E731
+        fill = lambda value: tensors[value["__tensor__"]] if "__tensor__" in value else value  # noqa: E731
         return json.loads(found["state"], object_hook=fill)
     except (safetensors.SafetensorError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to train this run again") from error
@@ -1495,10 +1497,10 @@ CIFAR10_SOURCES = (
 )
 SYNTHETIC_CLASSES = tuple(f"{width} {way} stripes" for width in range(1, 6) for way in ("horizontal", "vertical"))
 SYNTHETIC_BANNER = f"""\
-{70 * "#"}
-#  NOT CIFAR-10: no source could be reached, so this run uses the    #
+{71 * "#"}
+#  NOT CIFAR-10: no source could be reached, so this run uses the     #
 #  built-in SYNTHETIC set. Its accuracies say nothing about CIFAR-10. #
-{70 * "#"}
+{71 * "#"}
 """
 
 

@@ -1,14 +1,12 @@
 """Print one table of speeds, memory and import time, each beside another way: `python tests/benchmark.py`.
 
-- batches: random crop, mirroring and normalisation to float batches of 128, on the CPU; beside it torchvision's
-  transforms of PIL images in a DataLoader whose two workers are running before the clock starts.
-- fit: notebook 01's network; beside it a bare loop over batches that lie ready, with the same optimizer and precision.
-- bfloat16: such a loop with notebook 03's fast model on the CPU; beside it float32.
-- memory: the most that a process holds that loads all data and trains notebook 01's network for one epoch.
-
-`--former FOLDER`, a checkout of an earlier commit, adds rows that put its `my_utils` and its notebooks beside these.
-`--processes` prints another table: two processes that torchrun starts beside one, on the same batches of 256 images.
-Each number comes from a process of its own. The two of a row run in turn, five times; what is printed are medians.
+batches: crop, mirroring and normalisation; beside it torchvision's for PIL images, in a DataLoader with two workers
+fit: notebook 01's network; beside it a bare loop over batches that lie ready
+bfloat16: a bare loop with notebook 03's fast model on the CPU; beside it float32
+memory: the most that a process holds that loads all data and trains notebook 01's network for one epoch
+--former FOLDER, a checkout of an earlier commit, adds rows against its `my_utils` and notebooks. --processes prints
+another table: two processes that torchrun starts beside one, on the same batches of 256 images. Each number comes from
+a process of its own; the two of a row run in turn, five times; what is printed are medians.
 """
 
 import argparse
@@ -25,7 +23,6 @@ from statistics import median
 
 import torch
 import torchvision
-from torch import nn
 from torchvision import transforms as T
 
 sys.path.insert(0, os.environ.get("CODE", str(Path(__file__).resolve().parents[1])))  # which edition is measured
@@ -53,15 +50,13 @@ def train(model, batches, device, dtype) -> float:
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     batches = [(images.to(device).contiguous(memory_format=layout), labels.to(device)) for images, labels in batches]
     optimizer = torch.optim.SGD(model.to(device, memory_format=layout).parameters(), 0.01)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     start = time.perf_counter()
     for images, labels in batches:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
-        scaler.scale(nn.functional.cross_entropy(logits.float(), labels)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     next(model.parameters()).sum().item()  # waits for a GPU
     return sum(len(labels) for _, labels in batches) / (time.perf_counter() - start)
 
@@ -95,7 +90,7 @@ def measure(what: str, quick: bool) -> float:
     filters = advanced.parts.whitening_filters(splits.train)
     fast = partial(advanced.FinalNet, filters=filters, widths=(64, 256, 256), norm=True)
     ready = partial(utils.batches, part.train, seed=0)
-    ways = {
+    return {
         "batches": lambda: read(utils.batches(splits.train, 128, augmentation=CROP_AND_FLIP, seed=0)),
         "pictures": lambda: read(pictures(splits.train[: 1280 if quick else None])),
         "fit": lambda: fit(basic.BasicNet, part, epochs),
@@ -104,15 +99,14 @@ def measure(what: str, quick: bool) -> float:
         "bare": lambda: train(basic.BasicNet(), ready(32), utils.pick_device(), utils.pick_precision()),
         "bfloat16": lambda: train(fast(), ready(128), cpu, torch.bfloat16),
         "float32": lambda: train(fast(), ready(128), cpu, torch.float32),
-    }
-    return ways[what]()
+    }[what]()
 
 
 def run(*command, **environment) -> float:
     """Return the number that another process prints last; its training leaves no trace."""
     with tempfile.TemporaryDirectory() as store:
-        environment = os.environ | {"RUN_SIZE": "quick", "RUNS_DIR": store} | environment
-        said = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        environment |= {"RUN_SIZE": "quick", "RUNS_DIR": store}
+        said = subprocess.run([sys.executable, *command], env=os.environ | environment, capture_output=True, text=True)
     return float(said.stdout.split()[-1]) if said.returncode == 0 else sys.exit(said.stderr)
 
 
@@ -125,15 +119,14 @@ def main(quick: bool, former: Path | None, processes: bool) -> None:
 
     def row(name, target, here, beside=None, unit="{:,.0f} images/s"):
         pairs = [(here(), beside() if beside else 1) for _ in range(1 if quick else 5)]
-        texts = [unit.format(median(values)) for values in zip(*pairs, strict=True)]
-        texts = [*texts, f"{median(a / b for a, b in pairs):.2f}"] if beside else [texts[0], "", ""]
-        print("{:32}{:>18}{:>18}{:>7}  {}".format(name, *texts, target), flush=True)
+        one, other = (unit.format(median(values)) for values in zip(*pairs, strict=True))
+        other = f"{other:>18}{median(a / b for a, b in pairs):>7.2f}" if beside else " " * 25
+        print(f"{name:32}{one:>18}{other}  {target}", flush=True)
 
     print(f"{utils.describe_device()}, torch {torch.__version__}\n{'':46}here{'beside it':>18}  ratio  target")
     if processes:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        for threads in ("1", "2"):  # on a CPU each of the two has one thread
-            two = way("processes", *launcher, threads="1")
+        two = way("processes", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", threads="1")
+        for threads in ("1", "2"):  # on a CPU each of the two processes has one thread
             row(f"2 processes, 1 with threads: {threads}", "", two, way("processes", threads=threads))
         return
     row("batches, torchvision's", "at least 10", way("batches"), way("pictures"))
@@ -141,13 +134,13 @@ def main(quick: bool, former: Path | None, processes: bool) -> None:
     row("bfloat16, float32", "at least 1.6 where it is taken", way("bfloat16"), way("float32"))
     row("memory", "below 2", way("memory"), unit="{:.2f} GiB")
     row("import", "", way("import"), unit="{:.2f} s")
-    with tempfile.TemporaryDirectory() as copy:  # for a former edition may write where it stands
-        if former:
+    if former:
+        with tempfile.TemporaryDirectory() as copy:  # for a former edition may write where it stands
             shutil.copy(former / "my_utils.py", copy)
             shutil.copytree(former / "notebooks", Path(copy, "notebooks"))
-            for what in ("fit", "fast"):
-                row(f"{what}, former", "at least 0.98", way(what), way(what, code=copy))
-            row("import, former", "at most 1", way("import"), way("import", code=copy), unit="{:.2f} s")
+            row("fit, former", "at least 0.98", way("fit"), way("fit", code=copy))
+            row("fit of the fast model, former", "at least 0.98", way("fast"), way("fast", code=copy))
+            row("import, former", "at most 1", way("import"), way("import", code=copy), "{:.2f} s")
 
 
 if __name__ == "__main__":
@@ -156,6 +149,5 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="once and in a tiny size, which measures nothing")
     parser.add_argument("--former", type=Path, help="a checkout of an earlier commit")
     parser.add_argument("--processes", action="store_true", help="two processes beside one")
-    arguments = vars(parser.parse_args())
-    what = arguments.pop("what")
-    print(measure(what, arguments["quick"])) if what else main(**arguments)
+    a = parser.parse_args()
+    print(measure(a.what, a.quick)) if a.what else main(a.quick, a.former, a.processes)

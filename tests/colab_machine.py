@@ -147,7 +147,6 @@ def run(path: Path, python: str, folder: Path, public: Path, way: str) -> bool:
                 shutil.copy(file, uploads / f"{file.stem} (1){file.suffix}")  # downloaded twice
     executed = folder / path.name
     nbformat.write(notebook, executed)
-    subprocess.run([python, "-m", "pip", "uninstall", "-qq", "--yes", "torchmetrics", "lightning-utilities"])
     start = time.monotonic()
     with listing(session(path.stem) if way == "opened" else "[]"):
         command = [python, "-c", EXECUTE, executed, content]

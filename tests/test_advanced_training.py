@@ -93,7 +93,7 @@ def test_switches_are_off_until_switched_on(models, norm):
 
 
 def test_one_argument_restores_the_basic_block(models):
-    basic, x = models.BasicMixture(5, 7, num_experts=3).double(), torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    basic, x = models.parts.BasicMixture(5, 7, num_experts=3).double(), torch.randn(2, 5, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         basic.gate.linear.weight.normal_()
     for image, mixed in zip(x, basic(x), strict=True):
@@ -103,7 +103,7 @@ def test_one_argument_restores_the_basic_block(models):
             for conv in basic.convs
         ]
         torch.testing.assert_close(mixed, sum(weight * y for weight, y in zip(a, outputs, strict=True)))
-    network = models.ExpertNet(mixture=models.BasicMixture)
+    network = models.ExpertNet(mixture=models.parts.BasicMixture)
     kinds = {type(module).__name__ for module in network.modules()}
     assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
 
@@ -133,7 +133,7 @@ def test_final_net_changes_activation_pooling_gates_and_head(models):
     assert final.head[-1].bias is None
     norms = [module for module in final.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 6 and not any(norm.weight.requires_grad for norm in norms)
-    network = models.FinalNet(mixture=models.BasicMixture)  # the basic block fits in here too
+    network = models.FinalNet(mixture=models.parts.BasicMixture)  # the basic block fits in here too
     assert network(x).shape == (2, 10)
 
 

@@ -11,10 +11,7 @@ def project(tmp_path):
     """A small project whose links are all sound; returns a function that adds a line to one of its pages."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "picture.png").touch()
-    pages = {
-        "README.md": "# It's `here`, twice\n## It's here, twice\n",
-        "notebooks/01.ipynb": "# The First Step\n",
-    }
+    pages = {"README.md": "# It's `here`, twice\n## It's here, twice\n", "notebooks/01.ipynb": "# The First Step\n"}
 
     def check(page: str = "README.md", line: str = "") -> list[str]:
         pages[page] += f"\n{line}\n"

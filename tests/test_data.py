@@ -25,6 +25,7 @@ import my_utils as utils
 
 REAL = Path(os.environ.get("CIFAR10_ROOT") or utils.ROOT / "data").expanduser()
 NAMES = ("train", "val", "test")
+STEPS = [("mean", 1e-14), ("std", 1e-14), ("mean", 1e-6), ("std", 1e-6)]
 
 
 def test_the_split_is_balanced_disjoint_and_never_changes():
@@ -33,15 +34,12 @@ def test_the_split_is_balanced_disjoint_and_never_changes():
     labels = np.concatenate([random.permutation(np.arange(count) % 10) for count in (50_000, 10_000)])
     pixels = torch.stack([index % 256, index // 256, 0 * index], 1).to(torch.uint8)
     splits = utils.make_splits(pixels[:, :, None, None].expand(-1, -1, 32, 32), torch.from_numpy(labels), "x", ())
-    parts = [getattr(splits, name) for name in NAMES]
+    parts = splits.train, splits.val, splits.test
     train, val, test = places = [part.images[:, :2, 0, 0].long() @ torch.tensor([1, 256]) for part in parts]
     assert torch.equal(test, index[50_000:]) and torch.equal(torch.cat([train, val]).sort().values, index[:50_000])
     assert hashlib.md5(val.numpy().tobytes()).hexdigest() == "c7401834fedc465d3267200c3881cc4e"
-    values = pixels[train].double() / 255
-    for part, place, count in zip(parts, places, (45_000, 5_000, 10_000), strict=True):
-        assert np.array_equal(part.labels, labels[place]) and part.labels.bincount().tolist() == [count // 10] * 10
-        np.testing.assert_allclose(part.mean, values.mean(0), atol=1e-9)
-        np.testing.assert_allclose(part.std, values.std(0, correction=0), atol=1e-9)
+    for part, place, count in zip(parts, places, (4500, 500, 1000), strict=True):
+        assert np.array_equal(part.labels, labels[place]) and part.labels.bincount().tolist() == [count] * 10
 
 
 @pytest.mark.skipif(not (REAL / CIFAR10.base_folder).is_dir(), reason="CIFAR-10 is not at hand")
@@ -53,28 +51,19 @@ def test_the_real_files_give_the_data_of_the_records(monkeypatch):
 
 def test_the_digest_sees_every_value_but_not_the_last_digits_of_a_sum(splits):
     """Processors add up in different orders; a run trained on one must be found on the other."""
-    (m, *means), (s, *stds) = splits.train.mean, splits.train.std
-    changes = [("train", {"mean": (m + step, *means)}) for step in (1e-14, 1e-6)]
-    changes += [("train", {"std": (s + step, *stds)}) for step in (1e-14, 1e-6)]
+    changes = [("train", {what: np.add(getattr(splits.train, what), step).tolist()}) for what, step in STEPS]
     for name, what in itertools.product(NAMES, ("images", "labels")):
         values = getattr(getattr(splits, name), what).clone()
         values.view(-1)[-1] = (values.view(-1)[-1] + 1) % 10
         changes.append((name, {what: values}))
     digests = [replace(splits, **{name: replace(getattr(splits, name), **new)}).digest for name, new in changes]
-    assert digests[0] == digests[2] == splits.digest and len({*digests}) == len(digests) - 1
+    assert digests[:2] == [splits.digest] * 2 and len({*digests}) == len(digests) - 1
 
 
-def test_splits_can_be_cut_and_joined(splits):
-    cut, joined = splits.head(train=20, test=10), splits.with_val_in_train()
-    assert [len(getattr(cut, name)) for name in NAMES] == [20, 100, 10]
-    assert joined.val is None and joined.with_val_in_train().head(train=30).val is None
-    assert torch.equal(joined.train.images, torch.cat([splits.train.images, splits.val.images]))
-    mixed = splits.train[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
-    rank = torch.stack([(mixed.labels[:i] == label).sum() for i, label in enumerate(mixed.labels)])
-    assert torch.equal(mixed.head(50).images, mixed.images[rank < 5])
-    for count in (0, 7, 210):
-        with pytest.raises(ValueError, match=f"{count}.*multiple of 10"):
-            mixed.head(count)
+def test_validation_images_can_join_the_training_images(splits):
+    joined = splits.with_val_in_train()
+    assert torch.equal(joined.train.images, torch.cat([splits.train.images, splits.val.images])) and joined.val is None
+    assert joined.with_val_in_train().digest == joined.digest and joined.head(train=30).val is None  # run a cell twice
 
 
 def test_the_synthetic_set_can_be_learned_but_not_by_a_linear_classifier(synthetic_splits):

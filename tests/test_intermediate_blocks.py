@@ -2,6 +2,8 @@
 
 import itertools
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -208,7 +210,8 @@ def basic_count():
 )
 def test_network(models, name, count):
     filters = torch.randn(24, 12)
-    network = models.S0(filters) if name == "S0" else getattr(models, name)()
+    basic = partial(models.baseline.BasicNet, block=models.BasicMixture)
+    network = {"S0": partial(models.S0, filters), "BasicNet": basic}.get(name, getattr(models, name, None))()
     assert sum(p.numel() for p in network.parameters()) == count
     logits = network(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)

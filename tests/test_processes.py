@@ -84,10 +84,6 @@ def outcome(run: utils.Run) -> dict:
     return {"weights": run.model.state_dict(), "history": asdict(run.history) | {"seconds": []}}
 
 
-def probe(model: nn.Module) -> dict:
-    return {"size": model.head[-1].weight.norm()}
-
-
 def train_slowly() -> utils.Run:
     return fit(Slow, make_splits(200), recipe(epochs=8, batch_size=20), run="slow")
 
@@ -96,12 +92,11 @@ def main(folder: Path) -> None:
     """Do everything in one of the processes of a job."""
     me, (rank, count) = os.environ["RANK"], utils.processes()
     os.environ["RUNS_DIR"] = str(folder / f"disk{me}" / "runs")  # as on machines that share no disk
-    resumed = asdict(train_slowly().history) if count == 3 else None
-    results = {"rank": rank, "count": count, "resumed": resumed}
+    results = {"who": (rank, count), "resumed": asdict(train_slowly().history) if count == 3 else None}
     results |= {case: train_exactly(str(count), case) for case in CASES}
     splits, settings = make_splits(200), recipe(weight_averaging=0.8, **SETTINGS)
     for name in ("trained", "loaded"):
-        run = fit(Noisy, splits, settings, run=f"{count}/noisy", watch=True, probe=probe)
+        run = fit(Noisy, splits, settings, run=f"{count}/noisy", probe=lambda model: {"size": model.norm.bias.norm()})
         results[name] = outcome(run)
     results["record"] = utils.record([run], splits, notebook="01")
     one_step = fit(Noisy, splits, recipe(epochs=1, batch_size=200), run=f"{count}/one_step")
@@ -158,8 +153,8 @@ def jobs(tmp_path_factory):
         with torchrun(folder, 3) as launcher:
             assert launcher.wait(300) == 0, log[3].read_text()
     found.logs = {count: path.read_text() for count, path in log.items()}
-    each = {count: [folder / f"{count}-{me}.pt" for me in range(count)] for count in log}
-    found.each = {count: [torch.load(path, weights_only=True) for path in paths] for count, paths in each.items()}
+    load = partial(torch.load, weights_only=True)
+    found.each = {count: [load(folder / f"{count}-{me}.pt") for me in range(count)] for count in log}
     return found
 
 
@@ -189,7 +184,7 @@ def test_all_processes_end_with_the_same_bits(jobs, count):
     """Though each has its own batch statistics and dropout; also when the run is loaded."""
     first = jobs.each[count][0]
     for me, results in enumerate(jobs.each[count]):
-        assert (results["rank"], results["count"]) == (me, count)
+        assert results["who"] == (me, count)
         for name in ("trained", "loaded"):
             weights = results[name]["weights"]
             assert all(torch.equal(weights[key], value) for key, value in first["trained"]["weights"].items())

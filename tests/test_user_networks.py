@@ -124,8 +124,7 @@ def test_it_trains_and_loads_again_with_equal_predictions(splits, build_model, a
     with each_forward(kind=nn.Module) as calls:
         loaded = fit(build_model, splits, settings)
         found = utils.predict(loaded.model, splits.test, precision="float32")
-    assert not calls and torch.equal(found, expected) and loaded.history == run.history
-    assert run.history.step_loss[-1] != run.history.step_loss[0]
+    assert not calls and torch.equal(found, expected) and run.history == loaded.history
     assert not [str(warning.message) for warning in said if "torch.compile" not in str(warning.message)]
 
 
@@ -143,7 +142,6 @@ BAD = {
     "everything frozen": (lambda: net().requires_grad_(False), "requires_grad"),
     "no parameter": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((1, 10)), nn.Flatten(), nn.MaxPool1d(3)), "parameter"),
     "no model": (lambda: None, "nn.Module"),
-    "a class": (lambda: Tiny, "nn.Module"),
     "too many outputs": (lambda: net(outputs=12), "12.*10"),
     "too few outputs": (lambda: net(outputs=5), "5.*10"),
     "images": (lambda: nn.Conv2d(3, 3, 1), "32.*10"),
@@ -176,7 +174,7 @@ def test_my_utils_can_be_loaded_again(splits):
         importlib.reload(utils)
         assert utils.Recipe is not old["Recipe"]
         run = utils.fit(Tiny, splits, settings, **TEST)
-        assert utils.Recipe(epochs=1, augmentation=settings.augmentation).augmentation.crop == 2
+        assert recipe(augmentation=settings.augmentation).augmentation.crop == 2
     finally:
         vars(utils).update(old)
     assert_same(fit(Tiny, splits, settings), run)
