@@ -1,7 +1,6 @@
 """The models of notebook 02: parameter counts by hand, and each block against a slow, obvious reference."""
 
 import itertools
-
 from functools import partial
 
 import pytest
