@@ -1198,7 +1198,7 @@ def find_finished(run: Run) -> bool:
     run.history, run.device, run.versions = History(**found["history"]), found["device"], found["versions"]
     cell = sys.modules["IPython"].get_ipython().execution_count if in_notebook() else None
     if cell is None or cell != FOUND.get("cell"):
-        print(f"{run.title}: found in the {where}" + ", as others of this cell may be" * (cell is not None))
+        print(f"{run.title}: found in the {where}, not trained again")
     FOUND["cell"] = cell
     return True
 

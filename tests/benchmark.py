@@ -31,11 +31,10 @@ import my_utils as utils
 CROP_AND_FLIP = utils.Augmentation(crop=4, flip="random")
 ADAM = {"optimizer": "adamw", "learning_rate": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0}
 MUON = {"optimizer": "normalized_muon", "learning_rate": 0.17, "momentum": 0.6, "weight_decay": 0.0}
-CYCLE = {"pct_start": 0.03, "anneal_strategy": "linear", "cycle_momentum": False, "div_factor": 10}
-FAST = {"batch_size": 1000, "learning_rate": 53.0, "schedule": "onecycle", "schedule_args": CYCLE}
+FAST = {"batch_size": 1000, "learning_rate": 53.0, "augmentation": utils.Augmentation(crop=2, flip="alternating")}
+FAST |= {"schedule": "onecycle", "schedule_args": {"pct_start": 0.03, "cycle_momentum": False, "div_factor": 10}}
 FAST |= {"optimizer_args": {"momentum": 0.85, "nesterov": True, "weight_decay": 4e-5}, "label_smoothing": 0.2}
 FAST |= {"overrides": {"*bank": MUON, "*.gate.*": ADAM, "head.*": {"learning_rate": 670.0, "weight_decay": 3e-6}}}
-FAST |= {"augmentation": utils.Augmentation(crop=2, flip="alternating")}
 
 
 def fit(build_model, splits, epochs, **settings) -> float:
@@ -85,8 +84,8 @@ def measure(what: str, quick: bool) -> float:
     basic, advanced = (utils.models_of(name) for name in ("01_baseline", "03_advanced_training"))
     if what == "memory":
         fit(basic.BasicNet, splits.head(640 if quick else None), 1)
-        peak = importlib.import_module("resource").getrusage(0).ru_maxrss  # in bytes on macOS, in KiB on Linux
-        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
+        return importlib.import_module("resource").getrusage(0).ru_maxrss / unit
     filters = advanced.parts.whitening_filters(splits.train)
     fast = partial(advanced.FinalNet, filters=filters, widths=(64, 256, 256), norm=True)
     ready = partial(utils.batches, part.train, seed=0)
