@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from pypdf import PdfReader
 
 from build import main
-from my_utils import percent
+from my_utils import load_run, percent
 
 ROOT = Path(__file__).parents[1]
 BASELINE = json.loads((ROOT / "report" / "results" / "01_baseline.json").read_text(encoding="utf-8"))
@@ -90,6 +90,14 @@ def read(pdf):
 
 def test_what_is_committed_fits_the_committed_records(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_what_ships_is_what_the_records_say():
+    seeds = [entry for path in ROOT.glob("report/results/*.json") for entry in json.loads(path.read_text())["seeds"]]
+    shipped = {entry["weights"]: entry["fingerprint"] for entry in seeds if "weights" in entry}
+    files = sorted((ROOT / "report" / "runs").glob("*"))
+    assert {path.name: load_run(path)["fingerprint"] for path in files} == shipped != {}
+    assert sum(path.stat().st_size for path in files) <= 40e6
 
 
 def test_two_builds_are_the_same_to_the_byte(project):
