@@ -1268,6 +1268,7 @@ def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.de
         device = next(model.parameters(), torch.zeros(())).device
         with torch.no_grad(), evaluating(model):  # lazy layers learn their shapes from it
             logits = model(torch.zeros(2, 3, 32, 32, device=device))
+    model._apply(torch.clone)  # tensors that the caller holds, too, are neither trained nor loaded into
     if getattr(logits, "shape", None) != (2, 10):
         what = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ValueError(f"for 2 images the model returns {what}; it must return logits, [2, 10]")
