@@ -14,11 +14,9 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import http.client
 import io
 import json
 import math
-import operator
 import os
 import platform
 import random
@@ -67,8 +65,6 @@ if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 unknown, and computing is in float32
-
-
 TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train even what ships finished
 
 
@@ -79,13 +75,9 @@ def replaying() -> bool:
 
 
 def run_size() -> str:
-    """Return "smoke", "quick" or "full": RUN_SIZE or TRAIN, else "full" in replay or with a GPU, and "quick" without.
-
-    Both are environment variables.
-    """
-    chosen = os.environ.get("RUN_SIZE") or (TRAIN if TRAIN in ("quick", "full") else "")
-    large = replaying() or pick_device().type != "cpu"
-    return one_of("RUN_SIZE", chosen or ("full" if large else "quick"), ("smoke", "quick", "full"))
+    """Return the environment variable RUN_SIZE or TRAIN, else "full" in replay or with a GPU, and "quick" without."""
+    default = "full" if replaying() or pick_device().type != "cpu" else "quick"
+    return os.environ.get("RUN_SIZE") or (TRAIN if TRAIN in ("quick", "full") else default)
 
 
 def by_size(*, smoke, quick, full):
@@ -94,23 +86,18 @@ def by_size(*, smoke, quick, full):
 
 
 def pick_device() -> torch.device:
-    """Return the device to train on: CUDA, else Apple's MPS, else the CPU."""
-    alone = processes()[1] == 1
-    if torch.cuda.is_available():
-        return torch.device("cuda")  # under torchrun the one that `processes` chose
-    return torch.device("mps" if torch.backends.mps.is_available() and alone else "cpu")
+    """Return the device to train on: CUDA (under torchrun the GPU of this process), else Apple's MPS, else the CPU."""
+    alone = processes()[1] == 1  # the first call chooses the GPU
+    apple = "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else apple)
 
 
 def pick_precision(precision: str = "auto", device: torch.device | str | None = None) -> torch.dtype:
-    """Return the number type that `torch.autocast` uses for convolutions and matrix products.
-
-    "auto" takes 16 bits only where that is really faster: bfloat16 on CUDA from capability 8 on, on CPUs with AMX and
-    on AMD's with AVX512_BF16; float16 on older GPUs, such as a T4, which only emulates bfloat16.
-    """
+    """Return the number type that `torch.autocast` uses; "auto" takes 16 bits only where that is really faster."""
     device = torch.device(device or pick_device())
     if precision != "auto":
         return getattr(torch, precision)
-    if device.type == "cuda":
+    if device.type == "cuda":  # older GPUs, such as a T4, only emulate bfloat16
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     fast = CPU.get("amx_bf16") or (CPU.get("avx512_bf16") and "AMD" in CPU.get("cpu_name", ""))
     return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
@@ -127,30 +114,21 @@ def describe_device(device: torch.device | str | None = None) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that can change a result."""
-    modules = {"torch": torch, "torchvision": torchvision, "numpy": np}
-    return {"python": platform.python_version()} | {name: module.__version__ for name, module in modules.items()}
+    modules = (torch, torchvision, np)
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
 
 
 def describe_setup(train: bool | str = False) -> None:
-    """Print device, precision, versions and run size: the first thing to look at when two results differ.
-
-    train: True, "quick" or "full" trains even what ships finished, as the environment variable TRAIN does
-    """
+    """Print device, precision, versions and run size; `train` has the meaning of the environment variable TRAIN."""
     global TRAIN
     TRAIN = train or TRAIN
     print(f"device    {describe_device()}, {str(pick_precision()).removeprefix('torch.')}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    what = "replay: finished runs are loaded, others trained" if replaying() else "training"
-    print(f"run size  {run_size()}, {what}")
+    print(
+        f"run size  {run_size()}, {'replay: finished runs are loaded, others trained' if replaying() else 'training'}"
+    )
     if "COLAB_RELEASE_TAG" in os.environ and pick_device().type == "cpu":
         print("No GPU: choose Runtime > Change runtime type > T4 GPU, or go on slowly on the CPU.")
-
-
-def one_of(name: str, value, allowed: Sequence):
-    """Return a value if it is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it may be one of {', '.join(map(str, allowed))}")
-    return value
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -181,7 +159,6 @@ class Split:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device) -> Split:
-        """Return the split on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def head(self, count: int | None) -> Split:
@@ -197,10 +174,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The three parts of the data: train 45,000, val 5,000 (None once merged into train), test 10,000.
-
-    source is "cifar10", or "synthetic" for the built-in set that stands in without a network.
-    """
+    """The data: train 45,000, val 5,000 (or None), test 10,000; source is "cifar10" or its stand-in, "synthetic"."""
 
     train: Split
     val: Split | None
@@ -213,67 +187,50 @@ class Splits:
         val_split = self.val and self.val.head(val)
         return replace(self, train=self.train.head(train), val=val_split, test=self.test.head(test))
 
-    def with_val_in_train(self) -> Splits:
-        """Return the splits with the validation images added to the training images, for a last training on all."""
-        if self.val is None:
-            return self
-        both = {name: torch.cat([getattr(self.train, name), getattr(self.val, name)]) for name in ("images", "labels")}
-        return replace(self, train=replace(self.train, **both), val=None)
-
     @functools.cached_property
     def digest(self) -> str:
         """A hash of every image and label, and of mean and deviation, whose last digits depend on the processor."""
         sha = hashlib.sha256(self.source.encode())
         for split in filter(None, (self.train, self.val, self.test)):
-            sha.update(split.images.cpu().contiguous().numpy().data)
-            sha.update(split.labels.cpu().contiguous().numpy().data)
+            for values in (split.images, split.labels):
+                sha.update(values.cpu().contiguous().numpy().data)
             sha.update(repr([round(value, 9) for value in (*split.mean, *split.std)]).encode())
         return sha.hexdigest()[:16]
 
 
-def load_cifar10(root: str | Path | None = None, *, synthetic: bool | None = None) -> Splits:
+def load_cifar10(root: str | Path | None = None, *, synthetic: bool = False) -> Splits:
     """Return CIFAR-10 (Krizhevsky, 2009) with a fixed, class-balanced split into 45,000 / 5,000 / 10,000 images.
 
     Looks for the official files in `root` (default: the environment variable CIFAR10_ROOT, else data/ beside this
-    file), else downloads them. Where that fails, and always at run size smoke, it draws the synthetic set instead and
-    says so; `synthetic` True or False decides otherwise.
-
-    Raises:
-        ConnectionError: no source sends the official files, and `synthetic` is False.
+    file), else downloads them. Where that fails, it says so and draws the synthetic set, as at run size smoke.
     """
     global TRAIN
     root = Path(root or os.environ.get("CIFAR10_ROOT") or ROOT / "data").expanduser()
-    if synthetic is None and run_size() == "smoke":
-        synthetic = True
+    synthetic = synthetic or run_size() == "smoke"
     if not synthetic and (problems := on_first_process(lambda: download_cifar10(root))):
-        if synthetic is False:
-            raise ConnectionError(problems)
-        print(SYNTHETIC_BANNER + problems)
+        print(106 * "#", NO_SOURCE, 106 * "#", problems, sep="\n")
         synthetic, TRAIN = True, TRAIN or "quick"  # what ships was trained on CIFAR-10
     if synthetic:
         return make_splits(*draw_synthetic(), "synthetic", SYNTHETIC_CLASSES)
-    parts = [torchvision.datasets.CIFAR10(root, train=train) for train in (True, False)]  # compares each file's MD5
+    parts = [DATA_SET(root, train=train) for train in (True, False)]
     images = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2).contiguous()
     return make_splits(images, torch.tensor(parts[0].targets + parts[1].targets), "cifar10", CIFAR10_CLASSES)
 
 
 def make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str, ...]) -> Splits:
-    """Split 60,000 images, uint8 [60000, 3, 32, 32]: the last 10,000 are for testing, 500 of each class for validation.
-
-    Drawn by RandomState, whose stream is frozen for good, with the year of CIFAR-10's technical report as its seed.
-    """
+    """Split images, uint8 [60000, 3, 32, 32]: the last 10,000 are for testing, 500 of each class for validation."""
+    # The stream of RandomState is frozen for good; the seed is the year of CIFAR-10's technical report.
     generator, train_labels = np.random.RandomState(2009), labels[:50_000].numpy()
     val = np.concatenate([generator.permutation(np.flatnonzero(train_labels == c))[:500] for c in range(10)])
-    in_val = torch.zeros(60_000, dtype=torch.bool)
-    in_val[torch.from_numpy(val)] = True
-    in_test = torch.arange(60_000) >= 50_000
-    in_train = ~in_val & ~in_test
-    counts = torch.stack([torch.bincount(images[in_train, c].flatten(), minlength=256) for c in range(3)]).double()
+    part = torch.zeros(60_000, dtype=torch.int64)  # 0: train, 1: val, 2: test
+    part[torch.from_numpy(val)], part[50_000:] = 1, 2
+    train = images[part == 0]
+    counts = torch.stack([torch.bincount(train[:, c].flatten(), minlength=256) for c in range(3)]).double()
     share, levels = counts / counts[0].sum(), torch.arange(256, dtype=torch.float64) / 255
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).sqrt()
     statistics = tuple(mean.tolist()), tuple(std.tolist())
-    parts = [Split(images[part], labels[part], *statistics) for part in (in_train, in_val, in_test)]
+    parts = [Split(images[part == k], labels[part == k], *statistics) for k in range(3)]
     return Splits(*parts, source, classes)
 
 
@@ -281,9 +238,9 @@ def make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str,
 
 # A value of the wrong type or out of range is refused by the name of its field.
 CHECKED = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-FROM_0_TO_1 = Field(0.0, ge=0, le=1)
 
 
+# torchvision's transforms draw once per batch and not once per image, and kornia's are slower on a CPU.
 @checked_dataclass(frozen=True, config=CHECKED)
 class Augmentation:
     """Random changes of the training images, drawn anew for every image and epoch; the default changes nothing.
@@ -294,16 +251,14 @@ class Augmentation:
     rotation: up to so many degrees to either side
     brightness, contrast, saturation: factors from 1 - value to 1 + value
     cutout: side in pixels of a square set to the mean colour (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552)
-
-    torchvision's transforms draw once per batch and not once per image, and kornia's are slower on a CPU.
     """
 
     crop: int = Field(0, ge=0, le=16)
     flip: Literal["none", "random", "alternating"] = "none"
     rotation: float = Field(0.0, ge=0, le=180)
-    brightness: float = FROM_0_TO_1
-    contrast: float = FROM_0_TO_1
-    saturation: float = FROM_0_TO_1
+    brightness: float = Field(0.0, ge=0, le=1)
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
     cutout: int = Field(0, ge=0, le=32)
 
     def draw(self, count: int, seed: int, epoch: int) -> dict[str, Tensor]:
@@ -326,10 +281,7 @@ class Augmentation:
         return draws
 
     def __call__(self, images: Tensor, draws: Mapping[str, Tensor], mean: Tensor) -> Tensor:
-        """Change images, float [N, 3, 32, 32] in 0 .. 1, by the drawn numbers, [N] or [N, 2] each.
-
-        `mean`, [1, 3, 1, 1], is the colour that cutout fills in.
-        """
+        """Change images, float [N, 3, 32, 32] in 0 .. 1, by the drawn numbers; cutout fills in `mean`, [1, 3, 1, 1]."""
         grey = lambda x: (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)  # noqa: E731
         column = {name: value.view(-1, 1, 1, 1) for name, value in draws.items() if value.ndim == 1}
         if "brightness" in draws:
@@ -367,15 +319,14 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
-    Without a seed: in order, unchanged, the short last batch included. This is the view for validation and test.
+    Without a seed, for validation and test: in order, unchanged, the short last batch included.
     With one: shuffled and augmented by random numbers that depend on seed and epoch alone; a last batch that would be
     short is dropped (other images every epoch), unless it is the only one.
     part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """
     count, device = len(split), split.images.device
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (split.mean, split.std))
-    scale = 1 / std
-    order, draws, end = torch.arange(count), {}, count
+    scale, order, draws, end = 1 / std, torch.arange(count), {}, count
     if seed is not None:
         order = torch.randperm(count, generator=make_generator(seed, epoch, "order"))
         end = steps_per_epoch(count, batch_size) * batch_size
@@ -399,10 +350,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return, nearly, the orthogonal matrix that is nearest to a matrix: its singular values become about 1.
-
-    Newton-Schulz iteration with the coefficients of Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/).
-    """
+    """Return about the nearest orthogonal matrix, by Newton-Schulz iteration: the singular values become about 1."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
@@ -415,9 +363,9 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose step is made orthogonal, so that a matrix moves equally far in every direction.
 
-    For matrices only (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). `normalize` scales each matrix
-    back to the Frobenius norm sqrt(rows) after the step, so that only its direction changes: for filter banks before
-    BatchNorm, where the norm does not matter. From the current scripts of airbench by the same author.
+    After Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. `normalize`, from the current scripts of
+    airbench, scales each matrix back to the Frobenius norm sqrt(rows) after the step, so that only its direction
+    changes: for filter banks before BatchNorm, where the norm does not matter.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, normalize=False):
@@ -443,6 +391,8 @@ class Muon(torch.optim.Optimizer):
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 OPTIMIZERS |= {"muon": Muon, "normalized_muon": functools.partial(Muon, normalize=True)}
+# From a record's dict, or from an Augmentation of before this module was loaded again.
+REBUILT = BeforeValidator(lambda a: Augmentation(**(a if isinstance(a, dict) else asdict(a))))
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
@@ -455,9 +405,7 @@ class Recipe:
         {"*.bank": {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.1}}
     schedule, stepped once per batch: "constant"; "step" with {"epochs": 10, "gamma": 0.1}; "cosine", down to zero;
         "onecycle" with the arguments of torch's OneCycleLR (the learning rate is the maximum)
-    weight_averaging: decay per step of an exponential moving average of the weights, which is then what is evaluated
-        and kept; None for none
-    precision: see `pick_precision`
+    weight_averaging: decay per step of an exponential moving average of the weights, which is then evaluated and kept
     """
 
     epochs: int = Field(ge=1)
@@ -469,19 +417,13 @@ class Recipe:
     schedule: Literal["constant", "step", "cosine", "onecycle"] = "constant"
     schedule_args: dict = field(default_factory=dict)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    augmentation: Annotated[
-        Augmentation, BeforeValidator(lambda a: Augmentation(**(a if isinstance(a, dict) else asdict(a))))
-    ] = Augmentation()
+    augmentation: Annotated[Augmentation, REBUILT] = Augmentation()
     weight_averaging: float | None = Field(None, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
 def optimizer_options(model: nn.Module, recipe: Recipe) -> dict[str, dict]:
-    """Return, for the name of each trained parameter, its optimizer, learning rate and further arguments.
-
-    Raises:
-        ValueError: nothing is trained, or an override fits no parameter.
-    """
+    """Return, for the name of each trained parameter, its optimizer, learning rate and further arguments."""
     main = {"optimizer": recipe.optimizer, "learning_rate": recipe.learning_rate, **recipe.optimizer_args}
     options = {name: main for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not options:
@@ -498,12 +440,12 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     parameters, kinds = dict(model.named_parameters()), {recipe.optimizer: {}}
     for name, options in optimizer_options(model, recipe).items():
         arguments = {"lr" if key == "learning_rate" else key: value for key, value in options.items()}
-        groups = kinds.setdefault(kind := arguments.pop("optimizer"), {})
-        one_of("optimizer", kind, OPTIMIZERS)
-        if "lr" in options or "learning_rate" not in options:
-            raise ValueError(f"the options of {name} must give learning_rate, under that name: {options}")
+        kind = arguments.pop("optimizer")
+        if kind not in OPTIMIZERS or "lr" in options or "learning_rate" not in options:
+            raise ValueError(f"{name} needs a learning_rate, and an optimizer out of {list(OPTIMIZERS)}; not {options}")
         OPTIMIZERS[kind]([parameters[name]], **arguments)  # refuses a misspelled argument; in a group it would not
-        groups.setdefault(json.dumps(arguments), {**arguments, "params": []})["params"].append(parameters[name])
+        group = kinds.setdefault(kind, {}).setdefault(json.dumps(arguments), {**arguments, "params": []})
+        group["params"].append(parameters[name])
     return [OPTIMIZERS[kind](list(groups.values())) for kind, groups in kinds.items() if groups]
 
 
@@ -511,8 +453,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
     """Return the learning-rate schedule for epochs of `steps` batches; it is stepped once per batch."""
     schedulers, arguments, total = torch.optim.lr_scheduler, dict(recipe.schedule_args), recipe.epochs * steps
     if recipe.schedule == "step":
-        if arguments.get("epochs", 0) < 1:
-            raise ValueError("schedule step needs schedule_args={'epochs': ...}, at least 1")
         return schedulers.StepLR(optimizer, arguments.pop("epochs") * steps, **arguments)
     if recipe.schedule == "cosine":
         return schedulers.CosineAnnealingLR(optimizer, total, **arguments)
@@ -531,8 +471,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 class History:
     """What a training logs: one value per step in the first two lists, one per epoch in the others.
 
-    Losses are cross-entropies in nats, accuracies fractions. The training values are those of the augmented batches
-    while the weights still move; validation, watched test and probed values are taken after each epoch.
+    Losses are in nats, accuracies are fractions; those of training belong to augmented batches and moving weights.
     """
 
     step_loss: list[float] = field(default_factory=list)
@@ -550,9 +489,8 @@ class History:
 class Run:
     """One training of one model with one seed.
 
-    identity: what is trained, without the seed (see `identify`); path: its file in the run store
-    train_flops: 3 x the counted forward pass x the images seen
-    recorded: what the record says of it, if it was found there
+    identity: what is trained, without the seed (see `identify`); path: where its weights are
+    train_flops: 3 x the counted forward pass x the images seen; recorded: its entry in a record, if only that is left
     """
 
     name: str
@@ -574,27 +512,18 @@ class Run:
         return digest(self.identity, self.seed)
 
     @property
-    def record_name(self) -> str:
-        return self.name.replace("/", "_")
-
-    @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}{' (synthetic data)' * (self.source == 'synthetic')}"
 
-    @property
-    def train_seconds(self) -> float:
-        return sum(self.history.seconds)
-
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The trained model in evaluation mode, loaded when it is first asked for.
-
-        Raises:
-            FileNotFoundError: its weights are neither stored nor do they ship with the series.
-        """
+        """The trained model in evaluation mode, loaded when it is first asked for."""
+        if self.recorded:
+            took = f"{sum(self.history.seconds) / 60:.0f} minutes on {self.device}"
+            raise FileNotFoundError(f"the weights of {self.title} do not ship; set TRAIN to full to train it ({took})")
         device = pick_device()
         model = make_model(self.build_model, self.seed, device)
-        weights = on_first_process(lambda: load_run(find_weights(self)))["weights"]
+        weights = on_first_process(lambda: load_run(self.path))["weights"]
         model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))  # its parts may be renamed
         return model.to(device, memory_format=layout(device)).eval()
 
@@ -613,10 +542,8 @@ def fit(
         its name: rename it when you change it
     plot: show the curves while training, and leave them as a figure
 
-    Raises:
-        FloatingPointError: loss or weights are no longer finite; the last good epoch stays in the store.
-        filelock.Timeout: another process is training this very run.
-        KeyboardInterrupt: the cell was interrupted; the next call goes on after the last whole epoch.
+    Raises FloatingPointError if loss or weights are no longer finite, and filelock.Timeout if another process trains
+    this very run. However it was stopped, the next call goes on after the last whole epoch.
     """
     device, figure = torch.device(device or pick_device()), None
     model = make_model(build_model, seed, device)
@@ -634,25 +561,19 @@ def fit(
 
 
 def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: bool, device: torch.device):
-    """Train the epochs that are missing, one by one; after each, write the run to the store."""
+    """Train the epochs that are missing, one by one; after each, write the run to the store. Return the live figure."""
     recipe, split = run.recipe, splits.train.to(device)
     training = Training(model.to(device, memory_format=layout(device)), recipe, len(split), device)
     if state := on_first_process(lambda: load_run(run.path) if run.path.exists() else None):
         training.restore(state)
         print(f"{run.title}: going on after epoch {len(training.history.seconds)} of {recipe.epochs}")
     run.history = training.history
-    with seeded(device, run.seed):
-        minutes = predict_seconds(training, split, device) / 60
-    if minutes > 1:
-        print(f"{run.title}: about {minutes:.0f} minutes on this machine; for less, interrupt and set TRAIN to quick")
     with Progress(run, training, plot) as progress:
-        for epoch in range(len(training.history.seconds), recipe.epochs):
+        for epoch in range(len(run.history.seconds), recipe.epochs):
             with seeded(device, run.seed, epoch, processes()[0]):  # for dropout and the like
                 train_epoch(training, split, run.seed, epoch, progress)
                 evaluate_epoch(training, splits, watch, probe)
-            last = epoch + 1 == recipe.epochs
-            content = {"weights": training.result.state_dict()} if last else {"training": training.state()}
-            on_first_process(lambda content=content: store_run(run, content, run.path))
+            on_first_process(lambda: store_run(run, training.state(), run.path))
     run.model = training.result.eval()
     return progress.figure
 
@@ -675,11 +596,10 @@ def train_epoch(training: Training, split: Split, seed: int, epoch: int, progres
         training.step(loss)
         losses.append(sum_over_processes(loss.detach()) / count)
         correct += (logits.detach().argmax(1) == labels).sum()
-        if progress.due() or step == training.steps:  # reading a loss makes a GPU wait, so they are read now and then
+        if progress.update(batch_size) or step == training.steps:  # now and then: a GPU waits where a loss is read
             history.step_loss += torch.stack(losses).tolist()
             losses.clear()
-            require_finite(math.isfinite(history.step_loss[-1]), history)
-            progress.show(step, correct.item() * count / (step * batch_size))
+            progress.show(correct.item() * count / (step * batch_size))
     history.seconds.append(time.perf_counter() - start)
     history.train_loss.append(float(np.mean(history.step_loss[-training.steps :])))
     history.train_top1.append(sum_over_processes(correct).item() / (training.steps * batch_size))
@@ -688,8 +608,13 @@ def train_epoch(training: Training, split: Split, seed: int, epoch: int, progres
 def evaluate_epoch(training: Training, splits: Splits, watch: bool, probe) -> None:
     """Log what the weights that are kept achieve after an epoch."""
     history, model, precision = training.history, training.result, training.recipe.precision
-    training.share_buffers()
-    require_finite(all(parameter.isfinite().all() for parameter in model.parameters()), history)
+    if processes()[1] > 1:
+        for buffer in (*training.model.buffers(), *model.buffers()):  # each process moved them by its own images
+            distributed.broadcast(buffer, 0)
+    finite = [*np.isfinite(history.step_loss), all(parameter.isfinite().all() for parameter in model.parameters())]
+    if not all(finite):
+        hint = "a learning rate ten times smaller, a warm-up (schedule onecycle) or precision float32"
+        raise FloatingPointError(f"loss or weights are no longer finite at step {finite.index(False)}; try {hint}")
     if splits.val is not None:
         result = evaluate(model, splits.val, precision=precision)
         history.val_loss.append(result.nll)
@@ -701,59 +626,27 @@ def evaluate_epoch(training: Training, splits: Splits, watch: bool, probe) -> No
             history.probe.append({name: float(value) for name, value in probe(model).items()})
 
 
-def require_finite(finite: bool, history: History) -> None:
-    """Stop a training that has diverged."""
-    if not finite:
-        step = next((i for i, loss in enumerate(history.step_loss) if not math.isfinite(loss)), len(history.step_loss))
-        raise FloatingPointError(
-            f"loss or weights are no longer finite at step {step}. Try a learning rate ten times smaller, a warm-up "
-            "(schedule onecycle), or precision float32; look for a division or a logarithm in the model. The epoch "
-            "before is still in the run store."
-        )
-
-
-def predict_seconds(training: Training, split: Split, device: torch.device) -> float:
-    """Return about how long the missing epochs will take, from a step that leaves the model as it is."""
-    images, labels = next(batches(split[: training.batch_size], training.batch_size))
-    for _ in range(2):  # the first warms up
-        start = time.perf_counter()
-        with evaluating(training.model), torch.autocast(device.type, training.dtype, training.dtype != torch.float32):
-            loss = F.cross_entropy(training.model(images.contiguous(memory_format=layout(device))).float(), labels)
-        loss.backward()
-        training.model.zero_grad()
-        loss.item()
-    left = training.recipe.epochs - len(training.history.seconds)
-    return (time.perf_counter() - start) * left * training.steps
-
-
 class Training:
     """A model in training and all that its next step depends on: what the run store keeps of an unfinished run."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, images: int, device: torch.device):
-        self.model, self.recipe, self.averaged, self.history = model, recipe, None, History()
+        self.model, self.parallel, self.recipe, self.history = model, model, recipe, History()
         self.steps, self.batch_size = steps_per_epoch(images, recipe.batch_size), min(recipe.batch_size, images)
         self.dtype = pick_precision(recipe.precision, device)
         self.optimizers = build_optimizers(model, recipe)
         self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # the scaler may leave out a first step
+        self.parts = [model, *self.optimizers, *self.schedulers, self.scaler]
+        self.averaged, self.result = None, model  # what is evaluated and kept
         if recipe.weight_averaging is not None:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.weight_averaging)
-            self.averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        # Of whole numbers, and of -inf in an attention mask, there is no average.
-        pairs = zip(self.result.buffers(), model.buffers(), strict=True)
-        self.copied = [pair for pair in pairs if not (pair[1].is_floating_point() and pair[1].isfinite().all())]
-        self.parallel = model
+            average = functools.partial(moving_average, recipe.weight_averaging)
+            self.averaged = torch.optim.swa_utils.AveragedModel(model, avg_fn=average, use_buffers=True)
+            self.result = self.averaged.module
+            self.parts.append(self.averaged)
         if processes()[1] > 1:
-            if self.batch_size < processes()[1]:
-                raise ValueError(f"batches of {self.batch_size} images are too small for {processes()[1]} processes")
             # A gate may leave out parameters, so they are looked for.
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-
-    @property
-    def result(self) -> nn.Module:
-        """The model that is evaluated and kept: the average, if there is one."""
-        return self.averaged.module if self.averaged else self.model
 
     def step(self, loss: Tensor) -> None:
         """Compute the gradients, and move the weights and all that follows them."""
@@ -766,21 +659,12 @@ class Training:
             scheduler.step()
         if self.averaged:
             self.averaged.update_parameters(self.model)
-            for average, buffer in self.copied:
-                average.copy_(buffer)
 
-    def share_buffers(self) -> None:
-        """Give all processes the buffers of the first, for each moved them by its own images."""
-        if processes()[1] > 1:
-            for buffer in (buffer for model in (self.model, self.result) for buffer in model.buffers()):
-                distributed.broadcast(buffer, 0)
-
-    @property
-    def parts(self) -> list:
-        return [self.model, *self.optimizers, *self.schedulers, self.scaler, *filter(None, [self.averaged])]
-
-    def state(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+    def state(self) -> dict:
+        """Return what the store keeps: of a finished run the weights alone."""
+        if len(self.history.seconds) == self.recipe.epochs:
+            return {"weights": self.result.state_dict()}
+        return {"training": [part.state_dict() for part in self.parts]}
 
     def restore(self, stored: dict) -> None:
         """Go on where a stored run is."""
@@ -791,46 +675,32 @@ class Training:
         self.history = History(**stored["history"])
 
 
-class Progress:
+def moving_average(decay: float, average: Tensor, value: Tensor, _) -> Tensor:
+    """Return the next exponential moving average. Constants stay as they are to the last bit, and -inf stays -inf."""
+    mean = decay * average + (1 - decay) * value
+    return mean.where(average != value, value) if mean.dtype == value.dtype else value  # whole numbers have no average
+
+
+class Progress(tqdm):
     """While a run is trained: one line that moves and, in a notebook, the curves."""
 
     def __init__(self, run: Run, training: Training, plot: bool):
-        self.run, self.history, self.batch_size = run, training.history, training.batch_size
-        self.plot = plot and in_notebook()
-        self.figure, self.next_line, self.next_figure = None, 0.0, 0.0
-        batch, form = (
-            training.batch_size,
-            "{desc}: {percentage:3.0f}% {postfix}, {rate_fmt}, {elapsed} gone, {remaining} left",
-        )
-        settings = {"unit": " images", "unit_scale": True, "bar_format": form, "disable": processes()[0] > 0}
-        settings |= {
-            "total": run.recipe.epochs * training.steps * batch,
-            "initial": len(self.history.step_loss) * batch,
-        }
-        self.bar = tqdm(desc=run.title, file=sys.stdout, **settings)  # notebooks show standard error in red
+        self.run, self.plot, self.figure, self.next_figure = run, plot and in_notebook(), None, 0.0
+        self.done = len(run.history.step_loss) * training.batch_size
+        form = "{desc}: {percentage:3.0f}%{postfix}, {rate_fmt}, {elapsed} gone, {remaining} left"
+        settings = {"desc": run.title, "unit": " images", "unit_scale": True, "bar_format": form, "mininterval": 0.5}
+        settings |= {"initial": self.done, "total": run.recipe.epochs * training.steps * training.batch_size}
+        super().__init__(file=sys.stdout, disable=processes()[0] > 0, **settings)  # standard error is red in notebooks
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.bar.close()
-        if kind is KeyboardInterrupt:
-            print(f"{self.run.title}: interrupted; the next call goes on after the last whole epoch")
-
-    def due(self) -> bool:
-        """Return whether half a second has passed since the last time."""
-        if (now := time.monotonic()) < self.next_line:
-            return False
-        self.next_line = now + 0.5
-        return True
-
-    def show(self, step: int, train_top1: float) -> None:
-        """Show how far the training is, so many steps into an epoch; drawing takes at most a fiftieth of the time."""
-        history, start = self.history, time.monotonic()
+    def show(self, train_top1: float) -> None:
+        """Show how far the training is; drawing takes at most a fiftieth of the time."""
+        history, start = self.run.history, time.monotonic()
+        minutes = self.format_dict["elapsed"] * (self.total - self.n) / max(1, self.n - self.done) / 60
+        if minutes > 1 and not self.postfix:
+            self.write(f"{self.run.title}: about {minutes:.0f} minutes; for less, interrupt and set TRAIN to quick")
         text = f"epoch {len(history.seconds) + 1}, loss {history.step_loss[-1]:.3f}, train {train_top1:.1%}"
         text += f", val {history.val_top1[-1]:.1%}" if history.val_top1 else ""
-        self.bar.set_postfix_str(f"{text}, learning rate {history.step_learning_rate[-1]:.2g}", refresh=False)
-        self.bar.update(len(history.step_loss) * self.batch_size - self.bar.n)
+        self.set_postfix_str(f"{text}, learning rate {history.step_learning_rate[-1]:.2g}")
         if self.plot and start > self.next_figure:
             figure = plot_history(history, self.run.recipe.epochs, self.run.title)
             self.figure = show(figure, alt=CURVES, handle=self.figure)
@@ -843,10 +713,7 @@ def layout(device: torch.device) -> torch.memory_format:
 
 
 def count_flops(model: nn.Module) -> int:
-    """Return the floating-point operations of one forward pass of one image; a multiply-add counts as two.
-
-    Counted by torch.utils.flop_counter, which sees convolutions and matrix products.
-    """
+    """Return the operations of convolutions and matrix products for one image; a multiply-add counts as two."""
     device = next(model.parameters(), torch.zeros(())).device
     with torch.no_grad(), evaluating(model), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 32, 32, device=device))
@@ -877,11 +744,7 @@ class Evaluation:
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Return the Evaluation of logits [N, 10] against labels int64 [N]: sums over examples divided by their number.
-
-    Raises:
-        FloatingPointError: a logit is not finite.
-    """
+    """Return the Evaluation of logits [N, 10] against labels int64 [N]: sums over examples divided by their number."""
     if not torch.isfinite(logits).all():
         raise FloatingPointError("logits hold values that are not finite; the model is broken, or its input is")
     logits, labels = logits.float().cpu(), labels.cpu()
@@ -904,36 +767,20 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, *, tta="none", precision="auto", batch_size=1000) -> Tensor:
-    """Return the logits [N, 10], float32 on the CPU, of a model in evaluation mode on the device the model is on.
-
-    tta, test-time augmentation: "flip" averages the image and its mirror image; "flip+translate" also averages both
-    for the image moved by one pixel up left and down right, with half of the weight on the unmoved one
-    (Jordan, 2024, https://arxiv.org/abs/2404.00498).
-    """
-    one_of("tta", tta, ("none", "flip", "flip+translate"))
+def predict(model: nn.Module, split: Split, *, precision="auto", batch_size=1000) -> Tensor:
+    """Return the logits [N, 10], float32 on the CPU, of a model in evaluation mode on the device the model is on."""
     device = next(model.parameters(), torch.zeros(())).device
     dtype, found = pick_precision(precision, device), []
-
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images.contiguous(memory_format=layout(device))).float()
-            return logits if tta == "none" else (logits + model(images.flip(3)).float()) / 2
-
-    with evaluating(model):
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for start in range(0, len(split), batch_size):
             images, _ = next(batches(split[start : start + batch_size].to(device), batch_size))
-            logits = forward(images)
-            if tta == "flip+translate":
-                padded = F.pad(images, (1,) * 4, mode="reflect")
-                logits = logits / 2 + (forward(padded[:, :, :32, :32]) + forward(padded[:, :, 2:, 2:])) / 4
-            found.append(logits.cpu())
+            found.append(model(images.contiguous(memory_format=layout(device))).float().cpu())
     return torch.cat(found)
 
 
-def evaluate(model: nn.Module, split: Split, *, tta="none", precision="auto") -> Evaluation:
-    """Return the Evaluation of a model on a split, un-augmented unless `tta` says otherwise; see `predict`, `score`."""
-    return score(predict(model, split, tta=tta, precision=precision), split.labels)
+def evaluate(model: nn.Module, split: Split, *, precision="auto") -> Evaluation:
+    """Return the Evaluation of a model on a split, un-augmented; see `predict`, `score`."""
+    return score(predict(model, split, precision=precision), split.labels)
 
 
 @contextmanager
@@ -958,8 +805,7 @@ CURVES = "Loss of every batch on the left, accuracy after every epoch on the rig
 def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs: Iterable[Run] = ()):
     """Show a figure in the notebook as PNG with an alternative text, and return the handle to update it in place.
 
-    `save` also writes it as figures/<save>.png beside the records (see `record`). `runs` are the trainings that it
-    shows; their fingerprints stand in the file's metadata, so that one can tell whether it fits the records.
+    `save` also writes it as figures/<save>.png beside the records, with the fingerprints of the `runs` that it shows.
     """
     runs, buffer = list(runs), io.BytesIO()
     metadata = {"Description": alt} | ({"Fingerprints": " ".join(run.fingerprint for run in runs)} if save else {})
@@ -986,27 +832,23 @@ def plot_history(history: History, epochs: int, title: str) -> Figure:
     loss.index = np.linspace(0, len(history.seconds) or 1, steps)  # the epoch of each step
     left.plot(loss, color=COLOURS["train"], alpha=0.25, linewidth=0.7, label="each batch")
     left.plot(loss.rolling(max(5, steps // 50), min_periods=1).mean(), color=COLOURS["train"], label="moving mean")
-    left.set(xlabel="epoch", ylabel="loss (nats)", ylim=(0, max(2.5, loss.quantile(0.99) if steps else 0)))
-    left.set_xlim(0, epochs)
+    top = max(2.5, loss.quantile(0.99) if steps else 0)
+    left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, top))
     labels = {"train": "train (augmented, running)", "val": "validation", "test": "test (watched)"}
-    for name, values in (("train", history.train_top1), ("val", history.val_top1), ("test", history.test_top1)):
-        if values:
+    for name, label in labels.items():
+        if values := getattr(history, f"{name}_top1"):
             percents = [100 * value for value in values]
-            right.plot(range(1, len(values) + 1), percents, "o-", color=COLOURS[name], ms=4, label=labels[name])
+            right.plot(range(1, len(values) + 1), percents, "o-", color=COLOURS[name], ms=4, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0.5, epochs + 0.5))
     right.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (left, right):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+    for axes in (left, right) if right.lines else (left,):
+        axes.legend(fontsize="small")
     figure.suptitle(title)
     return figure
 
 
 def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
-    """Return a figure with one line per record: the mean over its seeds, and a band from the lowest to the highest.
-
-    records: by their labels; curve: a per-epoch list of the history, for example "val_top1" or "train_loss"
-    """
+    """Return the means of a curve, such as "val_top1", over the seeds of each record, with bands of all seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, scale = figure.subplots(), 100 if curve.endswith("top1") else 1
     for colour, (label, content) in zip(sns.color_palette("colorblind", len(records)), records.items(), strict=True):
@@ -1027,42 +869,38 @@ def plot_confusion(confusion, classes: Sequence[str], title: str = "") -> Figure
     confusion = np.asarray(confusion, dtype=float)
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axes, shares = figure.subplots(), 100 * confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    labels = {"xticklabels": list(classes), "yticklabels": list(classes)}
-    sns.heatmap(shares, annot=True, fmt=".0f", cmap="cividis", vmin=0, vmax=100, ax=axes, **labels)
+    style = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100}
+    style |= {"xticklabels": classes, "yticklabels": classes, "cbar_kws": {"label": "per cent of the true class"}}
+    sns.heatmap(shares, ax=axes, **style)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    axes.collections[0].colorbar.set_label("per cent of the true class")
     return figure
 
 
-# =====================================================================================================================
-# You need not read on. What follows is machinery: records, the run store, fingerprints, processes, files
-# =====================================================================================================================
+# ======================================================================================================================
+# You need not read on. What follows is machinery: records, the run store, fingerprints, processes, files ==============
 
 # Records --------------------------------------------------------------------------------------------------------------
 
 
 def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, published_top1=None,
-           published_epochs=None, tta: str | None = None, ship=False) -> dict:  # fmt: skip
+           published_epochs=None, tta: Callable[[nn.Module], nn.Module] | None = None, ship=False) -> dict:  # fmt: skip
     """Evaluate finished runs of one variant on the test split, write the record and return it.
 
-    A `full` run on real CIFAR-10 with the environment variable RECORD=1 writes report/results/<run's name>.json;
-    everything else goes to build/results/.
-    Accuracies are fractions; `train_flops` are those of one seed; the history keeps at most 500 points of the loss.
+    It goes to report/results/<run's name>.json after a `full` run on real CIFAR-10 with the environment variable
+    RECORD=1, else to build/results/. Accuracies are fractions; `train_flops` are those of one seed.
+    tta: returns, for a model, one with test-time augmentation, to be evaluated as well
     ship: a committed record takes the weights of the first run with it, to report/runs/, in half precision
     """
-    first = runs[0]
+    first, folder, name = runs[0], output_dir(splits.source), runs[0].name.replace("/", "_")
     if {(run.name, run.identity, run.source) for run in runs} != {(first.name, first.identity, splits.source)}:
         raise ValueError(f"runs are {[run.name for run in runs]}; they must be one variant's runs, on these splits")
-    name, folder = first.record_name, output_dir(splits.source)
-    content = {"name": name, "notebook": notebook, "system": system, "data": splits.source, "run_size": run_size()}
+    content = {"name": name, "notebook": notebook, "system": system, "data": splits.source}
+    content |= {"run_size": run_size(), "epochs": first.recipe.epochs, "recipe": asdict(first.recipe)}
     content |= {key: getattr(first, key) for key in ("device", "versions", "parameters", "train_flops")}
-    content |= {"epochs": first.recipe.epochs, "recipe": asdict(first.recipe)}
     content |= {"published_top1": published_top1, "published_epochs": published_epochs}
-    ship = ship and folder == ROOT / "report" and not (first.recorded and "weights" not in first.recorded)
+    ship = ship and folder == ROOT / "report" and not first.recorded
     if ship:
-        weights = {
-            key: value.half() if value.is_floating_point() else value for key, value in first.model.state_dict().items()
-        }
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in first.model.state_dict().items()}
         first.model.load_state_dict(weights)  # so that what ships is what is evaluated
     content["seeds"] = [seed_entry(run, splits, tta) for run in runs]
     if ship:
@@ -1074,11 +912,12 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
     return content
 
 
-def seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
+def seed_entry(run: Run, splits: Splits, tta) -> dict:
     """Return what a record says of one seed; without weights, what it said before."""
-    if run.recorded and "weights" not in run.recorded:
+    if run.recorded:
         return run.recorded
-    test, history = evaluate(run.model, splits.test, precision=run.recipe.precision), asdict(run.history)
+    evaluate_on_test = functools.partial(evaluate, split=splits.test, precision=run.recipe.precision)
+    test, history = evaluate_on_test(run.model), asdict(run.history)
     for key in ("step_loss", "step_learning_rate"):  # means of equally many steps, at most 500 of them
         values, width = history[key], math.ceil(len(history[key]) / 500)
         pieces = [values[start : start + width] for start in range(0, len(values), width)]
@@ -1086,10 +925,10 @@ def seed_entry(run: Run, splits: Splits, tta: str | None) -> dict:
     entry = {"seed": run.seed, "fingerprint": run.fingerprint, "device": run.device, "versions": run.versions}
     entry |= {"val_top1": history["val_top1"][-1] if history["val_top1"] else None, "test_top1": test.top1}
     entry |= {"test_top1_interval": list(test.interval), "test_nll": test.nll, "test_ece": test.ece}
-    entry |= {"test_confusion": test.confusion.tolist(), "train_seconds": run.train_seconds, "history": history}
+    entry |= {"test_confusion": test.confusion.tolist(), "train_seconds": sum(history["seconds"]), "history": history}
     if tta:
-        better = evaluate(run.model, splits.test, tta=tta, precision=run.recipe.precision)
-        entry |= {"tta": tta, "test_top1_tta": better.top1, "test_top1_tta_interval": list(better.interval)}
+        better = evaluate_on_test(tta(run.model))
+        entry |= {"tta": tta.__name__, "test_top1_tta": better.top1, "test_top1_tta_interval": list(better.interval)}
     return entry
 
 
@@ -1100,19 +939,14 @@ def output_dir(source: str) -> Path:
 
 
 def results_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several.
-
-    Accuracy with test-time augmentation has a column if any of the records has it.
-    """
+    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
+    columns = {"val top-1 %": "val_top1", "test top-1 %": "test_top1", "with TTA %": "test_top1_tta"}
     rows = []
     for content in records:
-        entries = content["seeds"]
-        row = {"name": content["name"], "val top-1 %": percent([entry["val_top1"] for entry in entries])}
-        row["test top-1 %"] = percent([entry["test_top1"] for entry in entries])
-        row["with TTA %"] = percent([entry.get("test_top1_tta") for entry in entries])
-        row |= {"published %": percent([content["published_top1"]]), "epochs": content["epochs"], "seeds": len(entries)}
-        row |= {"parameters": f"{content['parameters']:,}", "train PFLOP": f"{content['train_flops'] / 1e15:.3f}"}
-        rows.append(row)
+        row = {name: percent([entry.get(key) for entry in content["seeds"]]) for name, key in columns.items()}
+        row |= {"published %": percent([content["published_top1"]]), "epochs": content["epochs"]}
+        row |= {"seeds": len(content["seeds"]), "parameters": f"{content['parameters']:,}"}
+        rows.append({"name": content["name"]} | row | {"train PFLOP": f"{content['train_flops'] / 1e15:.3f}"})
     table = pd.DataFrame(rows).set_index("name")
     if (table["with TTA %"] == "-").all():
         table = table.drop(columns="with TTA %")
@@ -1122,13 +956,15 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
 
 def percent(values: Sequence[float | None]) -> str:
     """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
-    if any(value is None for value in values):
+    if None in values:
         return "-"
     spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.2f}{spread}"
 
 
 # The run store: one file per run, written after every epoch; a finished run is one with nothing left to train ---------
+
+FOUND: dict = {}  # the cell that said last that a run was found
 
 
 def runs_dir() -> Path:
@@ -1137,34 +973,21 @@ def runs_dir() -> Path:
 
 
 def store_run(run: Run, content: dict, path: Path) -> None:
-    """Write a run, nested dicts and lists of tensors and plain values, to its file.
-
-    Tensors are stored as such (safetensors), all else as JSON in the file's header, with a checksum over both. The
-    format cannot hold code, so a file from anywhere is safe to open.
-    """
+    """Write a run to a file that cannot hold code: tensors, all else as JSON in the header, a checksum over both."""
     tensors = {}
 
     def keep(tensor: Tensor) -> dict:
-        tensors[f"{len(tensors):05}"] = tensor.detach().cpu().contiguous().clone()
-        return {"__tensor__": f"{len(tensors) - 1:05}"}
+        tensors[name := f"{len(tensors):05}"] = tensor.detach().cpu().contiguous().clone()
+        return {"__tensor__": name}
 
-    about = {
-        "name": run.name,
-        "seed": run.seed,
-        "fingerprint": run.fingerprint,
-        "recipe": asdict(run.recipe),
-        "device": run.device,
-    }
-    text = json.dumps(about | {"versions": run.versions, "history": asdict(run.history)} | content, default=keep)
+    about = {key: getattr(run, key) for key in ("name", "seed", "fingerprint", "device", "versions")}
+    about |= {"recipe": asdict(run.recipe), "history": asdict(run.history)}
+    text = json.dumps(about | content, default=keep)
     write(path, safetensors.torch.save(tensors, {"state": text, "sha256": checksum(text, tensors)}))
 
 
 def load_run(path: Path) -> dict:
-    """Return what `store_run` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Return what `store_run` wrote, or raise ValueError: the file is damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             found, tensors = file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -1179,21 +1002,23 @@ def load_run(path: Path) -> dict:
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of a text and of every bit of some tensors."""
     sha = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        sha.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
 def find_finished(run: Run) -> bool:
     """Fill in what is known of a finished run, and say where it was found: in the run store, or in its record."""
     found, where = on_first_process(lambda: load_run(run.path) if run.path.exists() else {}), "run store"
-    path = ROOT / "report" / "results" / f"{run.record_name}.json"
+    path = ROOT / "report" / "results" / f"{run.name.replace('/', '_')}.json"
     if "weights" not in found and replaying() and path.exists():
         entries = json.loads(path.read_text(encoding="utf-8"))["seeds"]
         found, where = next((entry for entry in entries if entry["fingerprint"] == run.fingerprint), {}), "records"
-        run.recorded = found or None
-    if "test_top1" not in found and "weights" not in found:
+        if "weights" in found:
+            run.path = ROOT / "report" / "runs" / found["weights"]
+        run.recorded = None if "weights" in found else found
+    if not found or "training" in found:
         return False
     run.history, run.device, run.versions = History(**found["history"]), found["device"], found["versions"]
     cell = sys.modules["IPython"].get_ipython().execution_count if in_notebook() else None
@@ -1201,21 +1026,6 @@ def find_finished(run: Run) -> bool:
         print(f"{run.title}: found in the {where}, not trained again")
     FOUND["cell"] = cell
     return True
-
-
-FOUND: dict = {}  # the cell that has said so
-
-
-def find_weights(run: Run) -> Path:
-    """Return the file that holds the weights of a finished run: in the run store, or shipped with the series."""
-    if run.path.exists() and not run.recorded:
-        return run.path
-    if run.recorded and "weights" in run.recorded:
-        return ROOT / "report" / "runs" / run.recorded["weights"]
-    took = f"{run.train_seconds / 60:.0f} minutes on {run.device}"
-    raise FileNotFoundError(
-        f"the weights of {run.title} are not shipped; set TRAIN to full to train them (took {took})"
-    )
 
 
 def write(path: Path, content: bytes) -> None:
@@ -1241,24 +1051,20 @@ def explained(path: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         what = f"cannot write {path.name} in {path.parent}: {error.strerror}; what was there before is unchanged"
-        hint = "free some space" if full else "make the folder writable"
-        where = "choose another with RUNS_DIR (runs and results) or CIFAR10_ROOT (data)"
-        raise OSError(error.errno, f"{what}. To go on, {hint}, or {where}") from error
+        hint = "free some space, make the folder writable, or choose another with RUNS_DIR (runs and results)"
+        raise OSError(error.errno, f"{what}. To go on, {hint} or CIFAR10_ROOT (data)") from error
 
 
 # What a run is: its recipe, its data, its seed, and what its network computes -----------------------------------------
 
+DOUBLE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+DOUBLE[torch.complex64] = torch.complex128
+
 
 @torch.compiler.set_stance("force_eager")
 def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
-    """Build a model under a seed.
-
-    Raises:
-        TypeError: what is given is a model already, or what it returns is none.
-        ValueError: the model does not return logits [N, 10].
-    """
+    """Build a model under a seed; refuse what is no model of logits [N, 10]."""
     if isinstance(build_model, nn.Module):
         raise TypeError(f"build_model is a model; pass what builds one, {type(build_model).__name__} without ()")
     with seeded(device, seed):
@@ -1296,11 +1102,11 @@ def describe_run(name, seed, build_model, model, splits, recipe, watch, probe, d
     model = getattr(model, "_orig_mod", model)  # of a compiled model, the model itself
     identity = identify(build_model, recipe, splits.digest, watch, probe)
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
-    parameters, flops = sum(parameter.numel() for parameter in model.parameters()), 3 * count_flops(model)
-    images = min(len(splits.train), steps_per_epoch(len(splits.train), recipe.batch_size) * recipe.batch_size)
-    count, dtype = processes()[1], str(pick_precision(recipe.precision, device)).removeprefix("torch.")
-    where = f"{count} x " * (count > 1) + f"{describe_device(device)}, {dtype}"
-    flops *= images * recipe.epochs
+    parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
+    images = min(count, steps_per_epoch(count, recipe.batch_size) * recipe.batch_size)
+    flops = 3 * count_flops(model) * images * recipe.epochs
+    where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
+    where = f"{processes()[1]} x {where}" if processes()[1] > 1 else where
     return Run(name, seed, recipe, splits.source, identity, path, parameters, flops, where, build_model)
 
 
@@ -1313,14 +1119,14 @@ def digest(*content) -> str:
 def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     """Return a hash of everything but the seed that a run depends on: change any of it, and it is another run.
 
-    That is the recipe, the data, what is logged, and the network: the shapes of its tensors, its first weights, and
-    what it computes with other, fixed weights. So code may be renamed, rewritten and made faster. The network of seed
-    0 stands for those of all seeds.
+    Of the network these are the shapes of its tensors, its first weights under seed 0, and what it computes with other,
+    fixed weights. So code may be renamed, rewritten and made faster.
     """
     model, loaded = (make_model(build_model, 0, torch.device("cpu")) for _ in range(2))
     model, loaded = (getattr(network, "_orig_mod", network).cpu() for network in (model, loaded))  # not as compiled
     tensors, again = ([*network.parameters(), *network.buffers()] for network in (model, loaded))
-    if summary(tensors) != summary(again) or any(map(operator.is_, model.parameters(), loaded.parameters())):
+    same = any(one is other for one, other in zip(model.parameters(), loaded.parameters(), strict=False))
+    if same or summary(tensors) != summary(again):
         raise ValueError("build_model gave other weights, or the same tensors, when it was called again with one seed")
     flat = [settings | settings.pop("augmentation") for settings in map(asdict, (recipe, Recipe(epochs=1)))]
     changed = {name: value for name, value in flat[0].items() if value != flat[1][name] or name == "epochs"}
@@ -1340,8 +1146,7 @@ def uniform(*shape: int, seed: int) -> Tensor:
 def summary(tensors: Sequence[Tensor]) -> list[int]:
     """Return four coarse numbers that depend on the size and the direction of each tensor.
 
-    Relative errors of 1e-7 in the weights of 100 tensors change them by about 1e-5, so they cross one of the steps of
-    1 with a chance of 1e-5.
+    Relative errors of 1e-7 in 100 tensors change them before rounding by about 1e-5, so hardly ever after it.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for number, value in enumerate(tensors):
@@ -1355,12 +1160,9 @@ def summary(tensors: Sequence[Tensor]) -> list[int]:
 
 @torch.enable_grad()
 def behaviour(model: nn.Module, loaded: nn.Module) -> list:
-    """Return what a network computes with fixed weights on fixed images, in float64: five digits of projections.
+    """Return five digits of what a network computes with fixed weights on fixed images, in float64.
 
-    Both networks are alike, and both lose their weights.
-
-    Raises:
-        ValueError: it would compute something else after it was stored and loaded.
+    Both networks are alike, and both lose their weights. One that storing and loading would change is refused.
     """
     for network in (model._apply(in_double), loaded._apply(in_double)):
         for number, weight in enumerate(network.parameters()):
@@ -1375,9 +1177,7 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
     for training in (True, False):
         found.append(try_out(model, training))
         if not torch.allclose(found[-1], try_out(loaded, training), rtol=1e-6, atol=1e-12, equal_nan=True):
-            raise ValueError(
-                "the model uses what it changes in training but does not store; keep it with register_buffer"
-            )
+            raise ValueError("the model uses what training changes but nothing stores; keep it with register_buffer")
     own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
     counters = [b for m in own for b in m.buffers(recurse=False) if b.numel() == 1]
     for step in (2**power for power in range(21) if counters):  # a schedule inside the model acts later
@@ -1416,11 +1216,6 @@ class InDouble(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-DOUBLE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | {
-    torch.complex64: torch.complex128
-}
-
-
 def in_double(value):
     """Return a tensor with 64 bits for each real number, and everything else as it is."""
     return value.to(DOUBLE[value.dtype]) if isinstance(value, Tensor) and value.dtype in DOUBLE else value
@@ -1433,8 +1228,7 @@ def in_double(value):
 def processes() -> tuple[int, int]:
     """Return (rank, count): which process of how many this is, (0, 1) unless torchrun started several.
 
-    The first call joins the others, by NCCL on CUDA, where each process gets a GPU of its own, and by gloo on CPUs.
-    From then on only process 0 prints; errors show from all.
+    The first call joins the others and, on CUDA, takes a GPU. From then on only process 0 prints; errors show from all.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
@@ -1465,11 +1259,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def models_of(notebook: str) -> types.ModuleType:
-    """Return what another notebook of the series builds, its cells tagged `model`, as a module.
-
-    Raises:
-        FileNotFoundError: the notebook is neither in notebooks/ nor, under any name, beside this file.
-    """
+    """Run the cells tagged `model` of another notebook, which may have any name beside this file; return the module."""
     places, heading = (ROOT / "notebooks" / f"{notebook}.ipynb", *ROOT.glob("*.ipynb")), f'"# {int(notebook[:2])}. '
     path = next((path for path in places if path.exists() and heading in path.read_text(encoding="utf-8")), None)
     if path is None:
@@ -1497,37 +1287,28 @@ CIFAR10_SOURCES = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 SYNTHETIC_CLASSES = tuple(f"{width} {way} stripes" for width in range(1, 6) for way in ("horizontal", "vertical"))
-SYNTHETIC_BANNER = f"""\
-{71 * "#"}
-#  NOT CIFAR-10: no source could be reached, so this run uses the     #
-#  built-in SYNTHETIC set. Its accuracies say nothing about CIFAR-10. #
-{71 * "#"}
-"""
-
-
-def cifar10_is_whole(root: Path) -> bool:
-    """Return whether a folder holds all the official files, by their MD5."""
-    files = [*DATA_SET.train_list, *DATA_SET.test_list, (DATA_SET.meta["filename"], DATA_SET.meta["md5"])]
-    return all(check_integrity(root / DATA_SET.base_folder / name, md5) for name, md5 in files)
+NO_SOURCE = "NOT CIFAR-10, but the built-in SYNTHETIC set: no source was reached. Accuracies say nothing about CIFAR-10"
 
 
 def download_cifar10(root: Path) -> str:
-    """Make sure that the official files are in a folder; return "", or else which source failed and why.
+    """Make sure that the official files are in a folder; return "", or else which source failed and why."""
+    folder, problems, timeout = root / DATA_SET.base_folder, "", socket.getdefaulttimeout()
+    files = [*DATA_SET.train_list, *DATA_SET.test_list, (DATA_SET.meta["filename"], DATA_SET.meta["md5"])]
 
-    torchvision compares the MD5 of the archive, and overwrites what an interrupted download left.
-    """
-    problems, timeout = "", socket.getdefaulttimeout()
-    if cifar10_is_whole(root):  # perhaps on a disk that cannot be written
+    def is_whole() -> bool:
+        return all(check_integrity(folder / name, md5) for name, md5 in files)
+
+    if is_whole():  # perhaps on a disk that cannot be written
         return ""
-    with explained(root / DATA_SET.base_folder), filelock.FileLock(root / ".download.lock"):
+    with explained(folder), filelock.FileLock(root / ".download.lock"):
         for source in CIFAR10_SOURCES:
             try:
                 socket.setdefaulttimeout(30)  # seconds until an answer, and between two pieces of it
                 with redirect_stderr(sys.stdout):  # notebooks show what stands on standard error in red
-                    if not cifar10_is_whole(root):  # another process may have been first
+                    if not is_whole():  # another process may have been first
                         download_and_extract_archive(source, root, filename=DATA_SET.filename, md5=DATA_SET.tgz_md5)
                 return ""
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
+            except Exception as error:  # the next source may do better, but not on a full disk
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
                 problems += f"  {source.split('/')[2]}: {error}\n"
@@ -1537,11 +1318,8 @@ def download_cifar10(root: Path) -> str:
 
 
 def draw_synthetic(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Draw the synthetic set: stripes of five widths in two directions, shifted, in random colours, with noise.
-
-    A class has no fixed pixels, so a linear classifier fails; it looks the same mirrored, so flips keep it.
-    Returns images uint8 [count, 3, 32, 32] and labels int64 [count], each class equally often in every run of ten.
-    """
+    """Draw images uint8 [count, 3, 32, 32] of ten kinds of stripes, and labels int64 [count], 0 to 9 in turn."""
+    # They are shifted, so a linear classifier fails, and look the same mirrored, so flips keep their class.
     generator, place = np.random.default_rng(seed), np.arange(32, dtype=np.float32)
     images = np.empty((count, 3, 32, 32), dtype=np.uint8)
     for label in range(10):

@@ -206,7 +206,7 @@ def plot_entropy(records: Records, _) -> Figure:
 
 
 def plot_ablation(records: Records, _) -> Figure:
-    """Return the validation accuracy of each arm: a dot per seed and a line at the mean."""
+    """Return the validation accuracy of each network of the study: a dot per seed and a line at the mean."""
     values = {
         name.removeprefix("02_ablation_").replace("_", ", ").replace("flops", "FLOPs"): [
             entry["val_top1"] for entry in content["seeds"]
@@ -271,7 +271,7 @@ PLOTS = {
     ),
     "02_entropy": Plot("02_s[14]", plot_entropy, "Normalised entropy of each gate of S1 and S4 over the epochs"),
     "02_ablation": Plot(
-        "02_ablation_.*", plot_ablation, "Validation accuracy of each arm of the ablation, a dot per seed"
+        "02_ablation_.*", plot_ablation, "Validation accuracy of each network of the study, a dot per seed"
     ),
     "accuracy_cost": Plot(
         "(?!.*(_(ablation|ladder|recipe)_|_twin$)).*",
@@ -357,15 +357,40 @@ def describe(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def headline_markdown(records: Records) -> str:
+    """Return the results of the series in a line: accuracy and cost of the final models, and what experts add."""
+    parts = []
+    for name in ("03_fast", "03_strong"):
+        top1 = [entry.get("test_top1_tta") for entry in records.get(name, {"seeds": []})["seeds"]]
+        if top1 and None not in top1:
+            parts.append(f"**{utils.percent(top1)} %** for {records[name]['train_flops'] / 1e15:.2f} PFLOP")
+    study = {
+        name.removeprefix("02_ablation_"): {entry["seed"]: 100 * entry["val_top1"] for entry in content["seeds"]}
+        for name, content in records.items()
+        if name.startswith("02_ablation_")
+    }
+    gates = {name: top1 for name, top1 in study.items() if not name.startswith(("plain", "uniform"))}
+    if gates and {"plain_flops", "plain_time"} <= study.keys():
+        best = max(gates, key=lambda name: np.mean(list(gates[name].values())))
+        flops, time = (
+            np.mean([top1 - study[control][seed] for seed, top1 in gates[best].items() if seed in study[control]])
+            for control in ("plain_flops", "plain_time")
+        )
+        parts.append(f"the best gate of a study adds **{flops:+.1f} points** at equal FLOPs, {time:+.1f} at equal time")
+    return "; ".join(parts) + "." if parts else "No training has been recorded yet."
+
+
 def results_markdown(records: Records) -> str:
-    """Return the table of the headline records in Markdown, each row with a link to its record."""
-    headline = {name: content for name, content in records.items() if not re.search("_(ablation|ladder|recipe)_", name)}
-    if not headline:
-        return "No training has been recorded yet."
-    table = utils.results_table(list(headline.values())).reset_index(names="record")
-    table["record"] = [f"[{name}](report/results/{name}.json)" for name in headline]
+    """Return the headline, and a table of the networks in Markdown, each row with a link to its record."""
+    shown = {name: content for name, content in records.items() if re.fullmatch(PLOTS["accuracy_cost"].uses, name)}
+    if not shown:
+        return headline_markdown(records)
+    table = utils.results_table(list(shown.values())).reset_index(names="record")
+    table["record"] = [f"[{name}](report/results/{name}.json)" for name in shown]
+    table = table.drop(columns=["val top-1 %", "parameters"])
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    lines = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return f"{headline_markdown(records)}\n\n{lines}"
 
 
 def fill_readme(root: Path, records: Records) -> str:

@@ -79,7 +79,7 @@ def pictures(split) -> torch.utils.data.DataLoader:
 
 def measure(what: str, quick: bool) -> float:
     """Return images per second of one way, or memory in GiB."""
-    splits, cpu = utils.load_cifar10(synthetic=what != "memory" or None), torch.device("cpu")
+    splits, cpu = utils.load_cifar10(synthetic=what != "memory"), torch.device("cpu")
     part, epochs = splits.head(1280 if quick else 3200, 10, 10), 2 if quick else 4
     basic, advanced = (utils.models_of(name) for name in ("01_baseline", "03_advanced_training"))
     if what == "memory":

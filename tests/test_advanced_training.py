@@ -2,6 +2,8 @@
 
 import itertools
 
+import nbformat
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,3 +153,24 @@ def test_s4_final_has_a_norm_in_each_block_and_dropout_before_the_classifier(mod
         assert [type(module).__name__ for module in block.pool][-1] == "BatchNorm2d"
     assert isinstance(network.head[2], nn.Dropout) and network.head[2].p == 0.1
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_test_time_augmentation_is_the_average_worked_out_by_hand(models, synthetic_splits):
+    """A linear model takes a mirrored or moved image for another one."""
+    cells = nbformat.read(utils.ROOT / "notebooks" / "03_advanced_training.ipynb", as_version=4).cells
+    [source] = [cell.source for cell in cells if "class FlipTranslate" in cell.source]
+    exec(source.split("twin =")[0], vars(models))
+    model, split = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), synthetic_splits.val[:100]
+    weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
+    mean, std = (np.array(value).reshape(3, 1, 1) for value in (split.mean, split.std))
+    images = (split.images.numpy() / 255 - mean) / std
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+
+    def both(images):
+        views = images, images[..., ::-1]
+        return sum(view.reshape(len(view), -1) @ weight.T + bias for view in views) / 2
+
+    expected = both(images) / 2 + (both(padded[..., :32, :32]) + both(padded[..., 2:, 2:])) / 4
+    found = utils.predict(models.FlipTranslate(model), split, precision="float32", batch_size=30)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert not np.allclose(found, utils.predict(model, split, precision="float32"), atol=1e-2)

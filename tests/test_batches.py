@@ -181,11 +181,6 @@ def test_cutout_fills_a_square_with_the_mean(side):
     assert [set(place.tolist()) for place in draws["cutout"].T] == 2 * [set(range(32))]
 
 
-def test_the_network_sees_zeros_in_the_cut_out_square():
-    for images, _ in batches(make_split(20), 5, augmentation=Augmentation(cutout=8), seed=0):
-        assert (((images == 0).all(1)).sum((1, 2)) >= 16).all()  # at the border a part is outside
-
-
 @pytest.mark.parametrize("augmentation", ONE_EACH, ids=repr)
 def test_each_image_gets_its_own_draw_that_depends_on_seed_and_epoch_alone(augmentation):
     images, state = random_images(1).expand(20, -1, -1, -1), torch.get_rng_state()
@@ -225,13 +220,11 @@ WRONG = [
     ("crop", 17),
     ("crop", 1.5),
     ("flip", "yes"),
-    ("flip", True),
     ("rotation", -1),
     ("rotation", 181),
+    ("cutout", 33),
 ]
-WRONG += [("rotation", math.nan), ("cutout", 33), ("cutout", True)] + [
-    (name, v) for name in COLOURS for v in (-0.1, 1.5)
-]
+WRONG += [("rotation", math.nan), ("cutout", True), *((name, value) for name in COLOURS for value in (-0.1, 1.5))]
 
 
 @pytest.mark.parametrize("name, value", WRONG)

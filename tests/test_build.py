@@ -166,7 +166,7 @@ def test_interrupt(project):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0.0 s"), (3.21, "3.2 s"), (45, "45 s"), (150, "2.5 min"), (39600, "11 h")]
+    ("seconds", "text"), [(0, "0.0 s"), (3.21, "3.2 s"), (45, "45 s"), (150, "2.5 min"), (4e4, "11 h")]
 )
 def test_duration(build, seconds, text):
     assert build.duration(seconds) == text

@@ -117,29 +117,6 @@ def test_lower_precision_is_close(model, splits):
     torch.testing.assert_close(low, whole, atol=0.05, rtol=0.05)
 
 
-def test_augmented_predictions_are_the_average_worked_out_by_hand(splits, seeded):
-    """A linear model takes a mirrored or moved image for another one."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
-    mean, std = (np.array(value).reshape(3, 1, 1) for value in (splits.val.mean, splits.val.std))
-    images = (splits.val.images.numpy() / 255 - mean) / std
-    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-
-    def both(images):
-        views = images, images[..., ::-1]
-        return sum(view.reshape(len(view), -1) @ weight.T + bias for view in views) / 2
-
-    moved = (both(padded[..., :32, :32]) + both(padded[..., 2:, 2:])) / 2
-    expected = {"flip": both(images), "flip+translate": (both(images) + moved) / 2}
-    for tta, values in expected.items():
-        found = predict(model, splits.val, tta=tta, precision="float32", batch_size=30)
-        np.testing.assert_allclose(found, values, atol=1e-4)
-        assert torch.equal(evaluate(model, splits.val, tta=tta, precision="float32").logits.argmax(1), found.argmax(1))
-    assert not np.allclose(*expected.values(), atol=1e-2)
-    with pytest.raises(ValueError, match=r"mirror.*flip\+translate"):
-        predict(model, splits.val, tta="mirror")
-
-
 LINEAR, CONVOLUTION = 2 * 512 * 10, 2 * (3 * 3 * 3) * 8 * (8 * 8)
 COUNTED = [(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 2 * 3072 * 10), (nn.Flatten, 0)]
 COUNTED += [(lambda: nn.Conv2d(3, 6, 5, groups=3), 2 * (5 * 5) * 6 * (28 * 28)), (Tiny, CONVOLUTION + LINEAR)]

@@ -85,16 +85,15 @@ def test_kernels_and_outputs_mix_alike(models, bias, side, num_experts):
 
 def s0_block(block, image):
     a = block.gate.linear.weight @ image.mean((1, 2)) + block.gate.linear.bias
-    pooled = block.pool(image[None])[0]
     width, total = block.norm.num_features // 4, 0
     for k, path in enumerate(block.paths.convs):
         mine = slice(k * width, (k + 1) * width)
-        y = normalised(block.norm, conv(path, pooled), mine).clamp(min=0)
+        y = normalised(block.norm, conv(path, image), mine).clamp(min=0)
         hidden = slice(k * (width // 8), (k + 1) * (width // 8))
         squeezed = block.se.reduce.weight[hidden, :, 0, 0] @ y.mean((1, 2)) + block.se.reduce.bias[hidden]
         scale = (block.se.expand.weight[mine, :, 0, 0] @ squeezed.clamp(min=0) + block.se.expand.bias[mine]).sigmoid()
         total = total + a[k] * scale[:, None, None] * y
-    return normalised(block.skip[1], conv(block.skip[0], pooled)) + total
+    return normalised(block.skip[1], conv(block.skip[0], image)) + total
 
 
 def s1_block(block, image):
@@ -120,7 +119,7 @@ def s4_block(block, image):
 @pytest.mark.parametrize(
     ("name", "arguments", "reference"),
     [
-        ("S0Block", (8, 16, True), s0_block),
+        ("S0Block", (8, 16), s0_block),
         ("S1Block", (8, 6, True), s1_block),
         ("S3Block", (3, 8, 6, True), s3_block),
         ("S4Block", (8, 6, True), s4_block),
@@ -237,18 +236,37 @@ def test_whitening(models, synthetic_splits):
     torch.testing.assert_close(layer(images.float()).double()[0, :, 0, 0], outputs[:, 0].relu(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "linear", "sigmoid", "annealed", "uniform"])
-def test_ablation_gates_start_near_equal_weights(models, kind):
-    gate = models.AblationGate(16, 4, kind, anneal_steps=10)
-    a = gate(torch.randn(64, 16, 8, 8))
-    torch.testing.assert_close(a.mean(0), torch.full((4,), 0.25), atol=0.2, rtol=0)
-    assert torch.equal(a[0], a[1]) == (kind == "uniform")
+def test_kernels_mix_per_channel(models):
+    experts, x = disturb(models.MixedExperts(3, 5, 4)), images(3)
+    a = torch.randn(3, 4, 5, dtype=torch.float64)
+    by_hand = sum(a[:, k, :, None, None] * layer(x) for k, layer in enumerate(experts.convs))
+    torch.testing.assert_close(experts.mix_kernels(x, a), by_hand)
 
 
-def test_annealing_cools_down(models):
-    gate, x = models.AblationGate(16, 4, "annealed", anneal_steps=10), 10 * torch.randn(64, 16, 8, 8)
-    with torch.no_grad():
-        gate.reduce.weight.mul_(100)
-        spreads = [gate(x).std().item() for _ in range(12)]
-    assert spreads[0] < spreads[5] < spreads[9]
-    assert spreads[10] == pytest.approx(spreads[11])
+def test_mean_kernel_is_the_mean_of_the_outputs(models):
+    experts, x = disturb(models.MeanKernel(3, 5, 4)), images(3)
+    torch.testing.assert_close(experts(x), sum(layer(x) for layer in experts.convs) / 4)
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("last", ["softmax", "signed", "static"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_study_gate(models, last, standardise, per_channel):
+    gate, x = models.StudyGate(16, 5, 4, last, standardise, per_channel), images(16, count=64)
+    start = gate.double()(x)
+    assert start.shape == ((64, 4, 5) if per_channel else (64, 4))
+    expected = torch.tensor([1.0, 0, 0, 0]) if last == "static" else torch.full((4,), 0.25)
+    means = start.transpose(0, 1).flatten(1).mean(1)
+    torch.testing.assert_close(means.float(), expected, atol=0.12, rtol=0)
+    gate = disturb(gate)
+    m = x.mean((2, 3))
+    if standardise:
+        m = (m - gate.norm.running_mean) / (gate.norm.running_var + gate.norm.eps).sqrt()
+    hidden = (m @ gate.reduce.weight.T + gate.reduce.bias).clamp(min=0)
+    z = (hidden @ gate.expand.weight.T + gate.expand.bias).view(64, -1, *start.shape[2:])
+    weights = {
+        "softmax": lambda: z.exp() / z.exp().sum(1, keepdim=True),
+        "signed": lambda: z / z.abs().sum(1, keepdim=True),
+        "static": lambda: torch.cat([torch.ones_like(z[:, :1]), z], dim=1),
+    }
+    torch.testing.assert_close(gate(x), weights[last]())

@@ -50,7 +50,10 @@ def train() -> str:
         if call in (3, 13):
             seen["one"].append(look())
 
-    with patch.multiple(my_utils.Progress, show=impatient, due=lambda _: False), each_forward(measure, training=False):
+    with (
+        patch.multiple(my_utils.Progress, show=impatient, update=lambda *_: False),
+        each_forward(measure, training=False),
+    ):
         run = my_utils.fit(Tiny, splits, recipe(epochs=14, **changes), run="test/long")
     for number in range(8):
         my_utils.fit(Tiny, splits, recipe(**changes), run="test/short", seed=number % 6)  # the last are loaded

@@ -101,9 +101,6 @@ def main(folder: Path) -> None:
     results["record"] = utils.record([run], splits, notebook="01")
     one_step = fit(Noisy, splits, recipe(epochs=1, batch_size=200), run=f"{count}/one_step")
     results["running mean"] = one_step.model.norm.running_mean
-    if count > 1:
-        with pytest.raises(ValueError, match="too small"):
-            fit(Noisy, splits, recipe(batch_size=count - 1), run="few")
     print(f"said by process {me}")
     torch.save(results, folder / f"{count}-{me}.pt")
     if count == 2:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 from matplotlib.figure import Figure
 from tiny import Tiny, assert_same, each_forward, recipe
+from torch import nn
 
 import my_utils
 from my_utils import History, evaluate, percent, results_table
@@ -25,12 +26,17 @@ def written(root, part="build"):
 # --- What a record holds ---
 
 
+class Mirrored(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.flip(3))
+
+
 def test_every_value_of_a_record(root, splits):
     settings = recipe(epochs=3, batch_size=64)
     run = fit(Tiny, splits, settings, seed=4)
     run.history.val_top1 = [0.5, 0.7, 0.6]  # the last epoch counts, not the best
     published = {"published_top1": 0.9, "published_epochs": 200}
-    content = record([run], splits, system="S1", tta="flip", **published)
+    content = record([run], splits, system="S1", tta=Mirrored, **published)
     assert content == written(root)
     [entry] = content.pop("seeds")
     where = {"device": run.device, "versions": my_utils.versions()}
@@ -41,16 +47,16 @@ def test_every_value_of_a_record(root, splits):
     history = entry.pop("history")
     for name, values in asdict(run.history).items():
         assert history[name] == pytest.approx(values, rel=1e-4), name
-    test, flipped = (evaluate(run.model, splits.test, precision="float32", tta=tta) for tta in ("none", "flip"))
+    test, flipped = (evaluate(model, splits.test, precision="float32") for model in (run.model, Mirrored(run.model)))
     expected = {"seed": 4, "fingerprint": run.fingerprint, "val_top1": 0.6, "train_seconds": sum(run.history.seconds)}
     expected |= {"test_top1": test.top1, "test_top1_interval": list(test.interval), "test_nll": test.nll}
-    expected |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist(), "tta": "flip"}
+    expected |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist(), "tta": "Mirrored"}
     expected |= {"test_top1_tta": flipped.top1, "test_top1_tta_interval": list(flipped.interval)}
     assert entry == expected | where
 
 
 def test_merged_training_has_no_validation_accuracy(splits):
-    merged = splits.with_val_in_train()
+    merged = replace(splits, val=None)
     content = record([fit(Tiny, merged, recipe())], merged)
     assert content["seeds"][0]["val_top1"] is None and "tta" not in content["seeds"][0]
     assert results_table([content])["val top-1 %"].tolist() == ["-"]

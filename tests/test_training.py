@@ -3,6 +3,7 @@
 import math
 import platform
 import random
+import re
 import runpy
 import time
 import warnings
@@ -138,23 +139,9 @@ def test_history_of_watched_and_probed_training(splits):
     assert all(180 * top1 == pytest.approx(round(180 * top1)) for top1 in history.train_top1)
     assert history.test_top1[-1] == evaluate(run.model, splits.test, precision="float32").top1
     assert history.probe[-1]["norm"] == pytest.approx(run.model.head.weight.norm().item())
-    assert min(history.seconds) > 0 and run.train_seconds == sum(history.seconds)
+    assert min(history.seconds) > 0
     history.test_top1, history.probe = [], []
     assert_same(plain, run)  # watching and probing change nothing else
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_interrupted_training_in_16_bits_ends_with_the_same_bits(splits, precision):
-    settings, seen = recipe(epochs=3, precision=precision, weight_averaging=0.9, **SGD), []
-    with each_forward(lambda call, model, logits: seen.append(logits.dtype)):
-        reference = fit(Tiny, splits, settings)
-    assert set(seen) == {getattr(torch, precision)} and reference.model.head.weight.dtype == torch.float32
-    reference.path.unlink()
-    with each_forward(lambda call, *_: 1 / (6 - call) and None), pytest.raises(ZeroDivisionError):
-        fit(Tiny, splits, settings)
-    with each_forward() as calls:
-        assert_same(fit(Tiny, splits, settings), reference)
-    assert len(calls) == 8
 
 
 class Noisy(Tiny):
@@ -207,16 +194,6 @@ def test_muon_multiplies_in_16_bits_where_that_is_fast(monkeypatch, seeded, cpu)
     torch.testing.assert_close(-weight.detach(), utils.orthogonalize(weight.grad), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (8, 100), (100, 8), (1, 30)])
-def test_orthogonalized_matrices_keep_their_directions_with_singular_values_near_1(seeded, shape):
-    matrix = torch.randn(shape, dtype=torch.float64) * 100
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    turned = left.T @ utils.orthogonalize(matrix) @ right.T
-    torch.testing.assert_close(turned, turned.diag().diag())
-    near = turned.diag()[values > 0.05 * values.max()]  # the smallest would need more iterations
-    assert near.min() > 0.65 and near.max() < 1.3
-
-
 def test_overrides_change_the_parameters_they_fit_and_the_last_wins():
     model = Tiny()
     model.conv.weight.requires_grad_(False)
@@ -247,7 +224,7 @@ REFUSED += [({"overrides": {"*.bias": {"optimizer": "adam"}}}, "learning_rate")]
 
 @pytest.mark.parametrize(("settings", "says"), REFUSED, ids=str)
 def test_settings_that_would_do_nothing_or_break_later_are_refused(splits, settings, says):
-    with each_forward() as calls, pytest.raises((ValueError, TypeError), match=says):
+    with each_forward() as calls, pytest.raises((ValueError, TypeError, KeyError), match=says):
         fit(Tiny, splits, recipe(**settings))
     assert not calls
 
@@ -299,6 +276,7 @@ def test_a_first_float16_step_that_overflows_is_left_out_without_a_word(splits):
     seen, settings = [], recipe(epochs=1, precision="float16", schedule="cosine", learning_rate=1e-4)
 
     def look(call, model, logits):
+        assert logits.dtype == torch.float16 and model.head.weight.dtype == torch.float32
         seen.append(model.head.weight.detach().clone())
         return logits * 1000
 
@@ -324,17 +302,9 @@ class Slow(Tiny):
         return super().forward(x)
 
 
-def test_looking_ahead_changes_nothing(splits):
-    training = utils.Training(Slow(), recipe(epochs=10), 200, torch.device("cpu"))
-    before = {name: value.clone() for name, value in training.model.train().state_dict().items()}
-    assert 40 * 0.02 < utils.predict_seconds(training, splits.train, torch.device("cpu")) < 40
-    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in training.model.parameters()) and training.model.training
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(300, True), (20, False)])
-def test_a_long_training_is_announced(splits, monkeypatch, capsys, seconds, said):
-    monkeypatch.setattr(utils, "predict_seconds", lambda *_: seconds)
-    with each_forward(lambda call, *_: print("a step")):
-        fit(Tiny, splits, recipe(epochs=1))
-    assert ("5 minutes" in capsys.readouterr().out.split("a step")[0]) == said
+@pytest.mark.parametrize(("epochs", "said"), [(3000, True), (60, False)])
+def test_a_long_training_is_announced_in_its_first_epoch(splits, capsys, epochs, said):
+    """An epoch takes at least 4 x 0.02 seconds."""
+    with each_forward(lambda call, *_: 1 / (5 - call) and None), pytest.raises(ZeroDivisionError):
+        fit(Slow, splits, recipe(epochs=epochs))
+    assert bool(re.search("about [1-9]\\d* minutes.*TRAIN", capsys.readouterr().out)) == said
