@@ -38,6 +38,9 @@ class Renderer(IPythonRenderer):
         return super().link(text, url, title)
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 class Exporter(HTMLExporter):
     """The body of a notebook's page, without prompts, styles or scripts."""
 
@@ -68,6 +71,9 @@ class Page:
 def read_page(path: Path, note: str) -> Page:
     """Return the page of a notebook; its title is the first heading, its lead the first paragraph below."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)  # a slider needs a kernel; the picture beside it stays
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     title = re.search(r"^# +(.+)", text, re.MULTILINE)
     paragraphs = [part for part in re.split(r"\n\s*\n", text[title.end() if title else 0 :]) if part.strip()]

@@ -151,7 +151,8 @@ def test_nbval_markers(path):
 def test_ending(path):
     text = "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     _, *parts = re.split(r"^## ", text, flags=re.MULTILINE)
-    titles, bodies = zip(*(part.split("\n", 1) for part in parts), strict=True)
+    story = [part.split("\n", 1) for part in parts if not part.startswith("Appendix ")]
+    titles, bodies = zip(*story, strict=True)
     assert titles[-3:] == ("What we learned", "Exercises", "References")
     exercises, solutions = bodies[-2].split("<details><summary>Solutions</summary>")
     solutions, _ = solutions.split("</details>")
