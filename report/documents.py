@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from pypdf import PdfReader
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import my_utils as utils
@@ -333,6 +334,7 @@ def compile_report(root: Path, records: Records) -> bytes:
         "records": json.dumps(list(records)),
         "figures": json.dumps({name: describe(path) for name, path in _figures(report).items()}),
         "validation": "5000",
+        "t": json.dumps([stats.t.ppf(0.975, freedom) for freedom in range(1, 100)]),  # Student's, for 95 % intervals
         "digest": _report_digest(report, records),
     }
     return typst.compile(
@@ -371,12 +373,14 @@ def headline_markdown(records: Records) -> str:
     }
     gates = {name: top1 for name, top1 in study.items() if not name.startswith(("plain", "uniform"))}
     if gates and {"plain_flops", "plain_time"} <= study.keys():
-        best = max(gates, key=lambda name: np.mean(list(gates[name].values())))
-        flops, time = (
-            np.mean([top1 - study[control][seed] for seed, top1 in gates[best].items() if seed in study[control]])
-            for control in ("plain_flops", "plain_time")
-        )
-        parts.append(f"the best gate of a study adds **{flops:+.1f} points** at equal FLOPs, {time:+.1f} at equal time")
+        best = max(gates.values(), key=lambda top1: np.mean(list(top1.values())))
+        gains = {}
+        for control in ("plain_flops", "plain_time"):
+            pairs = [best[seed] - study[control][seed] for seed in best.keys() & study[control].keys()]
+            half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs) if len(pairs) > 1 else np.nan
+            gains[control] = f"{np.mean(pairs):+.1f} ± {half:.1f}" if pairs else "-"
+        add = f"**{gains['plain_flops']} points** at equal FLOPs, {gains['plain_time']} at equal time (95 % intervals)"
+        parts.append(f"the best gate of a study adds {add}")
     return "; ".join(parts) + "." if parts else "No training has been recorded yet."
 
 

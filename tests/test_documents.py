@@ -320,7 +320,7 @@ def test_any_subset_of_the_records_makes_a_report(project, seed):
 def test_the_results_table_shows_headline_records_with_links(project):
     records = write(project, complete())
     headline, _, header, _, *rows = documents.results_markdown(records).splitlines()
-    assert headline.startswith("**94.25 ± 0.13 %** for") and "at equal FLOPs, " in headline
+    assert headline.startswith("**94.25 ± 0.13 %** for") and "points** at equal FLOPs, " in headline
     assert header.count("|") == 8
     shown = [re.match(r"\| \[(\w+)\]\(report/results/\1\.json\) \|", row)[1] for row in rows]
     assert shown == [name for name in records if not re.search("_ablation_|_ladder_|_twin$", name)]

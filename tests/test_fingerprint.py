@@ -1,9 +1,12 @@
 """Runs that differ get different fingerprints, runs that are the same keep theirs, and bad networks are refused."""
 
+import argparse
+import enum
 import logging
 import os
 import random
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -50,6 +53,10 @@ def first(*layers):
     return lambda: Net(first=nn.Sequential(nn.Conv2d(3, 8, 3), *(layer() for layer in layers)))
 
 
+def conv(**options):
+    return lambda: Net(first=nn.Conv2d(3, 8, 3, **options))
+
+
 def norm(**options):
     return first(partial(nn.BatchNorm2d, 8, **options))
 
@@ -71,20 +78,25 @@ def but(change, build=Net):
 
 
 act = F.relu
+
+
+Kind = enum.Enum("Kind", ["SMOOTH", "SHARP"])
 POSITIVE, SMOOTH = (lambda self, x: F.relu(x)), (lambda self, x: F.silu(x))
 
 
-class Scaled:
-    def __init__(self, scale):
-        self.scale = scale
+@dataclass
+class Config:
+    scale: float
 
+
+class Scaled(Config):
     def __call__(self):
         return Net(lambda x: F.relu(x) * self.scale)
 
 
-def configured(make):
+def configured(make, read=lambda config: config.scale):
     """Return a pair of builders with a configuration as attribute."""
-    return two(lambda scale: net(lambda self, x: F.relu(x) * self.config.scale, config=make(scale)), 0.1, 0.9)
+    return two(lambda scale: net(lambda self, x: F.relu(x) * read(self.config), config=make(scale)), 0.1, 0.9)
 
 
 def buffer(**options):
@@ -135,18 +147,31 @@ def schedule(factor, **attributes):
 DIFFERENT = {
     "alias": two(lambda f: lambda: globals().update(act=f) or net(lambda m, x: act(x))(), F.relu, F.silu),
     "namespace": configured(lambda s: SimpleNamespace(scale=s)),
+    "dataclass": configured(Config),
+    "dict": configured(lambda s: {"block": {"scale": s}}, lambda c: c["block"]["scale"]),
+    "argparse": configured(lambda s: argparse.Namespace(scale=s)),
+    "class attribute": configured(lambda s: type("Options", (), {"scale": s})),
+    "enum": configured(lambda s: Kind.SHARP if s > 0.5 else Kind.SMOOTH, lambda c: 1 + (c is Kind.SHARP)),
+    "array": configured(lambda s: np.full((8, 1, 1), s, dtype=np.float32), torch.from_numpy),
+    "tensor": configured(torch.tensor, lambda c: c),
     "environment": two(lambda v: lambda: os.environ.update(S=v) or Net(lambda x: x * float(os.environ["S"])), "1", "2"),
     "buffer": buffer(),
     "non-persistent buffer": buffer(persistent=False),
     "mask of -inf": two(masked, 1, 2),
     "pretrained weights": but(lambda m: m.last.weight.data.copy_(torch.linspace(-1, 1, 80).view(10, 8))),
     "forward hook": but(lambda m: m.first.register_forward_hook(lambda _, x, y: y * 2)),
+    "forward pre-hook": but(lambda m: m.last.register_forward_pre_hook(lambda _, x: (x[0] * 2,))),
+    "backward hook": but(lambda m: m.last.register_full_backward_pre_hook(lambda _, g: (g[0] * 2,))),
+    "gradient hook": but(lambda m: m.first.weight.register_hook(lambda g: g * 0.1)),
     "hook after the gradient": but(
         lambda m: m.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad / 2))
     ),
     "weight_norm": but(lambda m: parametrizations.weight_norm(m.first)),
+    "orthogonal": but(lambda m: parametrizations.orthogonal(m.last)),
     "decorator": two(lambda k: net((lambda function: lambda m, x: k * function(m, x))(POSITIVE)), 1, 2),
+    "base class": two(lambda middle: net(middle)().__class__, POSITIVE, SMOOTH),
     "function of the user": two(lambda low: lambda: Net(lambda x: x.clamp(min=low)), 0, 0.1),
+    "partial": two(lambda kind: partial(Net, partial(F.gelu, approximate=kind)), "none", "tanh"),
     "builder object": two(Scaled, 1, 2),
     "default of a lambda": two(lambda s: lambda: Net(lambda x, scale=s: F.relu(x) * scale), 1, 2),
     "monkeypatched": but(lambda m: setattr(m, "forward", lambda x, old=m.forward: 2 * old(x))),
@@ -155,13 +180,22 @@ DIFFERENT = {
     "stochastic depth": two(lambda p: net(lambda m, x: x * (torch.rand(len(x), 1, 1, 1) >= p * m.training)), 0.2, 0.6),
     "momentum": two(lambda v: norm(momentum=v), 0.1, 0.11),
     "eps": two(lambda v: norm(eps=v), 1e-5, 1e-4),
-    "padding": two(lambda v: lambda: Net(first=nn.Conv2d(3, 8, 3, padding=v)), 0, 1),
+    "affine": two(lambda v: norm(affine=v), True, False),
+    "running statistics": two(lambda v: norm(track_running_stats=v), True, False),
+    "padding": two(lambda v: conv(padding=v), 0, 1),
+    "padding mode": two(lambda v: conv(padding=1, padding_mode=v), "zeros", "reflect"),
+    "stride": two(lambda v: conv(stride=v), 1, 2),
+    "dilation": two(lambda v: conv(dilation=v), 1, 2),
+    "bias": two(lambda v: conv(bias=v), True, False),
+    "groups": two(lambda v: first(partial(nn.Conv2d, 8, 8, 3, groups=v)), 1, 2),
     "scale of the first weights": two(lambda std: initialised(nn.init.normal_, 0, std), 0.1, 0.11),
     "distribution": two(initialised, nn.init.xavier_normal_, nn.init.xavier_uniform_),
     "order": (first(nn.ReLU, partial(nn.BatchNorm2d, 8)), first(partial(nn.BatchNorm2d, 8), nn.ReLU)),
     "tied": (partial(tied, 0), partial(tied, 1)),
     "only in training": (Net, net(lambda self, x: F.relu(x) * (1 + self.training))),
+    "only in evaluation": (Net, net(lambda self, x: F.relu(x) * (2 - self.training))),
     "temperature": two(lambda t: lambda: Net(lambda x: (x / t).softmax(1)), 1.0, 1.05),
+    "residual": (Net, net(lambda self, x: x + F.relu(x))),
     "detached": (Net, net(lambda self, x: F.relu(x).detach())),
     "reversed gradient": two(lambda f: lambda: Net(lambda x: F.relu(Backward.apply(x, f))), 1, -1),
     "source of randomness": two(noisy, random.random, np.random.rand),
@@ -180,11 +214,23 @@ def test_networks_that_differ_are_told_apart(name):
     assert identity(one) == identity(one) != identity(other)
 
 
-RECIPES = [{}, {"epochs": 3}, {"batch_size": 64}, {"optimizer": "adamw"}, {"learning_rate": 0.02}]
-RECIPES += [{"optimizer_args": {"momentum": 0.9}}, {"label_smoothing": 0.1}, {"weight_averaging": 0.99}]
-RECIPES += [{"overrides": {name: {"weight_decay": 0.1}}} for name in ("*.bias", "last.bias")]
-RECIPES += [{"schedule": "step", "schedule_args": {"epochs": 1, "gamma": gamma}} for gamma in (0.1, 0.2)]
-RECIPES += [{"schedule": "cosine"}, {"augmentation": utils.Augmentation(crop=2)}, {"precision": "float32"}]
+RECIPES = [
+    {},
+    {"epochs": 3},
+    {"batch_size": 64},
+    {"optimizer": "adamw"},
+    {"learning_rate": 0.02},
+    {"optimizer_args": {"momentum": 0.9}},
+    {"overrides": {"*.bias": {"weight_decay": 0.1}}},
+    {"overrides": {"last.bias": {"weight_decay": 0.1}}},
+    {"schedule": "cosine"},
+    {"schedule": "step", "schedule_args": {"epochs": 1, "gamma": 0.1}},
+    {"schedule": "step", "schedule_args": {"epochs": 1, "gamma": 0.2}},
+    {"label_smoothing": 0.1},
+    {"augmentation": utils.Augmentation(crop=2)},
+    {"weight_averaging": 0.99},
+    {"precision": "float32"},
+]
 OTHERS = [{"data": "another"}, {"watch": True}, {"probe": len}, {"probe": partial(len)}]
 
 
@@ -245,6 +291,8 @@ def noise(seed):
 
 SAME = {
     "names, order, comments, type hints": (Net, Renamed),
+    "module": (Net, lambda: Net(nn.ReLU())),
+    "clamp": (Net, lambda: Net(lambda x: x.clamp(min=0))),
     "in place": (Net, lambda: Net(F.relu_)),
     **{name: (partial(Mixed, MIX["outputs"]), partial(Mixed, mix)) for name, mix in MIX.items()},
     "fewer operations": (lambda: Net(lambda x: x * 2 / 4), lambda: Net(lambda x: x / 2)),
@@ -255,6 +303,7 @@ SAME = {
     "compiled in place": but(lambda m: m.compile(backend=lambda *_: 1 / 0)),
     "compiled inside": but(lambda m: setattr(m, "last", torch.compile(m.last, backend=lambda *_: 1 / 0))),
     "logging and harmless counters": (Net, net(log, calls=0)),
+    "lock": but(lambda m: setattr(m, "lock", threading.Lock())),
     "no source": (Net, eval("lambda: Net(lambda x: F.relu(x))")),
     "renamed attribute": (schedule(lambda m, s: s / m.a, a=500), schedule(lambda m, s: s / m.warm_up, warm_up=500)),
     **{f"noise {seed}": noise(seed) for seed in range(10)},
@@ -326,10 +375,21 @@ def test_every_machine_and_version_finds_the_same(build):
     assert identity(build) == GOLDEN[build]
 
 
+def shared():
+    act, one, other = nn.PReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    other.weight = one.weight
+    return first(lambda: act, lambda: one, lambda: act, lambda: other)()
+
+
+def weighted(middle, weight):
+    return but(lambda m: setattr(m, "weight", nn.Parameter(weight.clone())), net(middle))[1]
+
+
 UNUSUAL = {
-    "root of a weight": but(
-        lambda m: m.register_parameter("w", nn.Parameter(torch.ones(()))), net(lambda m, x: x * m.w.sqrt())
-    )[1],
+    "shared layers": shared,
+    "complex": weighted(lambda m, x: torch.fft.ifft2(torch.fft.fft2(x) * m.weight).real, torch.ones(8, 1, 1) * 1j),
+    "root of a weight": weighted(lambda self, x: x * self.weight.sqrt(), torch.ones(())),
+    "lazy": lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)),
     "weight_norm as it was": but(lambda m: nn.utils.weight_norm(m.first))[1],
     "constant in float32": lambda: Net(lambda x: F.conv2d(x, torch.ones((8, 1, 3, 3), dtype=torch.float32), groups=8)),
     "autocast": net(lambda self, x: torch.autocast("cpu")(self.act)(x)),
@@ -354,18 +414,32 @@ def counting(factor, steps=0):
     return net(middle, steps=steps)
 
 
+def centre(self, x):
+    if self.training:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)
+    return x - self.mean
+
+
+MODEL = Net()
 UNSEEDED = np.random.default_rng()
 REFUSED = {
     "counter": (counting(lambda s: 1 / (1 + s)), "register_buffer"),
     "counter in a tensor": (counting(lambda s: 1 / (1 + s), torch.zeros(())), "register_buffer"),
+    "mean outside of the buffers": (net(centre, mean=torch.zeros(1, 8, 1, 1)), "register_buffer"),
     "list": (lambda: net(lambda m, x: m.seen.append(1) or x * len(m.seen), seen=[])(), "register_buffer"),
     "unseeded random numbers": (noisy(UNSEEDED.random), "register_buffer"),
     "unseeded first weights": (initialised(lambda weight: weight.data.fill_(UNSEEDED.random())), "other weights"),
+    "one network again and again": (lambda: MODEL, "the same tensors"),
+    "a network around an old one": (lambda: nn.Sequential(MODEL), "the same tensors"),
+    "twelve logits": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)), r"\[2, 10\]"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_networks_that_cannot_be_resumed_or_tried_are_refused(name):
+    """And the user's own network keeps its weights."""
     build, reason = REFUSED[name]
+    before = MODEL.first.weight.clone()
     with pytest.raises(ValueError, match=reason):
         identity(build)
+    assert torch.equal(MODEL.first.weight, before)
