@@ -206,27 +206,6 @@ def plot_entropy(records: Records, _) -> Figure:
     return figure
 
 
-def plot_ablation(records: Records, _) -> Figure:
-    """Return the validation accuracy of each network of the study: a dot per seed and a line at the mean."""
-    values = {
-        name.removeprefix("02_ablation_").replace("_", ", ").replace("flops", "FLOPs"): [
-            entry["val_top1"] for entry in content["seeds"]
-        ]
-        for name, content in records.items()
-    }
-    values = dict(sorted(values.items(), key=lambda item: -np.mean(item[1])))
-    figure = _small(Figure(layout="constrained"))
-    axes = figure.subplots()
-    for row, top1 in enumerate(values.values()):
-        percent = 100 * np.array(top1, dtype=float)
-        axes.plot(percent, [row] * len(percent), "o", color=utils.COLOURS["val"], alpha=0.7)
-        axes.plot([percent.mean()] * 2, [row - 0.3, row + 0.3], color="0.2")
-    axes.set(xlabel="validation accuracy (%)", title="Dots: seeds; lines: means")
-    axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    return figure
-
-
 def plot_cost(records: Records, published: dict) -> Figure:
     """Return test accuracy against training cost, with the speed records as anchors."""
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -271,9 +250,6 @@ PLOTS = {
         "02_(basic|s[0-4])", plot_networks, "Validation accuracy over the epochs, one line per network, one recipe"
     ),
     "02_entropy": Plot("02_s[14]", plot_entropy, "Normalised entropy of each gate of S1 and S4 over the epochs"),
-    "02_ablation": Plot(
-        "02_ablation_.*", plot_ablation, "Validation accuracy of each network of the study, a dot per seed"
-    ),
     "accuracy_cost": Plot(
         "(?!.*(_(ablation|ladder|recipe)_|_twin$)).*",
         plot_cost,
