@@ -259,14 +259,8 @@ def test_the_report_without_records(project):
 
 
 # Figures that need weights, and about how large they are.
-FROM_NOTEBOOKS = {
+FROM_NOTEBOOKS = {"02_gates": (700, 450), "03_ladder": (770, 770), "03_gates": (660, 440), "03_reliability": (880, 440)}
 FROM_NOTEBOOKS |= {"02_study": (704, 484)}
-    "02_gates": (700, 450),
-    "02_study": (704, 484),
-    "03_ladder": (770, 770),
-    "03_gates": (660, 440),
-    "03_reliability": (880, 440),
-}
 
 
 def test_the_complete_report(project):
