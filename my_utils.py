@@ -124,9 +124,8 @@ def describe_setup(train: bool | str = False) -> None:
     TRAIN = train or TRAIN
     print(f"device    {describe_device()}, {str(pick_precision()).removeprefix('torch.')}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(
-        f"run size  {run_size()}, {'replay: finished runs are loaded, others trained' if replaying() else 'training'}"
-    )
+    what = "replay: finished runs are loaded, others trained" if replaying() else "training"
+    print(f"run size  {run_size()}, {what}")
     if "COLAB_RELEASE_TAG" in os.environ and pick_device().type == "cpu":
         print("No GPU: choose Runtime > Change runtime type > T4 GPU, or go on slowly on the CPU.")
 
