@@ -405,6 +405,7 @@ class Recipe:
     schedule, stepped once per batch: "constant"; "step" with {"epochs": 10, "gamma": 0.1}; "cosine", down to zero;
         "onecycle" with the arguments of torch's OneCycleLR (the learning rate is the maximum)
     weight_averaging: decay per step of an exponential moving average of the weights, which is then evaluated and kept
+    image_sides: edge lengths, one for each of equal parts of the training, to which its images are scaled down
     """
 
     epochs: int = Field(ge=1)
@@ -419,6 +420,11 @@ class Recipe:
     augmentation: Annotated[Augmentation, REBUILT] = Augmentation()
     weight_averaging: float | None = Field(None, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    image_sides: list[Annotated[int, Field(ge=1, le=32)]] = Field(default_factory=lambda: [32], min_length=1)
+
+    def image_side(self, epoch: int) -> int:
+        """Return the edge length in pixels of the training images in an epoch, counted from 0."""
+        return self.image_sides[epoch * len(self.image_sides) // self.epochs]
 
 
 def optimizer_options(model: nn.Module, recipe: Recipe) -> dict[str, dict]:
@@ -583,8 +589,11 @@ def train_epoch(training: Training, split: Split, seed: int, epoch: int, progres
     (rank, count), device, losses, start = processes(), split.images.device, [], time.perf_counter()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     settings = {"augmentation": recipe.augmentation, "seed": seed, "epoch": epoch, "part": (rank, count)}
+    side = recipe.image_side(epoch)
     training.model.train()
     for step, (images, labels) in enumerate(batches(split, recipe.batch_size, **settings), start=1):
+        if side < images.shape[-1]:
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         images = images.contiguous(memory_format=layout(device))
         with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
             logits = training.parallel(images)
@@ -711,11 +720,11 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def count_flops(model: nn.Module) -> int:
-    """Return the operations of convolutions and matrix products for one image; a multiply-add counts as two."""
+def count_flops(model: nn.Module, side: int = 32) -> int:
+    """Return the operations of convolutions and matrix products for one image, side x side; a multiply-add is two."""
     device = next(model.parameters(), torch.zeros(())).device
     with torch.no_grad(), evaluating(model), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 32, 32, device=device))
+        model(torch.zeros(1, 3, side, side, device=device))
     return counter.get_total_flops()
 
 
@@ -864,19 +873,22 @@ def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
 
 
 def plot_confusion(confusion, classes: Sequence[str], title: str = "") -> Figure:
-    """Return a heat map of a confusion matrix [10, 10]: per cent of each true class (rows) per answer (columns)."""
+    """Return a heat map of a confusion matrix [10, 10]: per cent of each true class (rows) per answer (columns).
+
+    The colours are those of the mistakes; right answers, on the diagonal, are numbers alone.
+    """
     confusion = np.asarray(confusion, dtype=float)
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axes, shares = figure.subplots(), 100 * confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    style = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100}
+    style = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "mask": np.eye(len(shares), dtype=bool)}
     style |= {"xticklabels": classes, "yticklabels": classes, "cbar_kws": {"label": "per cent of the true class"}}
     sns.heatmap(shares, ax=axes, **style)
+    for place, share in enumerate(shares.diagonal()):
+        axes.text(place + 0.5, place + 0.5, f"{share:.0f}", ha="center", va="center", color="0.4")
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.grid(False)
     return figure
 
-
-# ======================================================================================================================
-# You need not read on. What follows is machinery: records, the run store, fingerprints, processes, files ==============
 
 # Records --------------------------------------------------------------------------------------------------------------
 
@@ -1103,7 +1115,8 @@ def describe_run(name, seed, build_model, model, splits, recipe, watch, probe, d
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
     parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
     images = min(count, steps_per_epoch(count, recipe.batch_size) * recipe.batch_size)
-    flops = 3 * count_flops(model) * images * recipe.epochs
+    sides = map(recipe.image_side, range(recipe.epochs))
+    flops = 3 * images * sum(map(functools.partial(count_flops, model), sides))
     where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
     where = f"{processes()[1]} x {where}" if processes()[1] > 1 else where
     return Run(name, seed, recipe, splits.source, identity, path, parameters, flops, where, build_model)

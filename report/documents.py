@@ -341,23 +341,34 @@ def headline_markdown(records: Records) -> str:
     for name in ("03_fast", "03_strong"):
         top1 = [entry.get("test_top1_tta") for entry in records.get(name, {"seeds": []})["seeds"]]
         if top1 and None not in top1:
-            parts.append(f"**{utils.percent(top1)} %** for {records[name]['train_flops'] / 1e15:.2f} PFLOP")
+            cost = f"{records[name]['train_flops'] / 1e15:.2f} PFLOP"
+            parts.append(f"*{name[3:]}* **{utils.percent(top1)} %** for {cost}")
+    lines = [f"Test accuracy with TTA: {', '.join(parts)}."] if parts else []
     study = {
         name.removeprefix("02_ablation_"): {entry["seed"]: 100 * entry["val_top1"] for entry in content["seeds"]}
         for name, content in records.items()
         if name.startswith("02_ablation_")
     }
+    controls = {"FLOPs": "plain_flops", "time": "plain_time", "parameters": "plain_parameters"}
     gates = {name: top1 for name, top1 in study.items() if not name.startswith(("plain", "uniform"))}
-    if gates and {"plain_flops", "plain_time"} <= study.keys():
+    if gates and set(controls.values()) <= study.keys():
         best = max(gates.values(), key=lambda top1: np.mean(list(top1.values())))
-        gains = {}
-        for control in ("plain_flops", "plain_time"):
-            pairs = [best[seed] - study[control][seed] for seed in best.keys() & study[control].keys()]
-            half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs) if len(pairs) > 1 else np.nan
-            gains[control] = f"{np.mean(pairs):+.1f} ± {half:.1f}" if pairs else "-"
-        add = f"**{gains['plain_flops']} points** at equal FLOPs, {gains['plain_time']} at equal time (95 % intervals)"
-        parts.append(f"the best gate of a study adds {add}")
-    return "; ".join(parts) + "." if parts else "No training has been recorded yet."
+        gains = [f"{difference(best, study[control])} at equal {what}" for what, control in controls.items()]
+        lines.append(f"In notebook 02's study (validation), the best gate adds {', '.join(gains)} (95 % intervals).")
+    if {"03_fast", "03_fast_plain"} <= records.keys():
+        first, other = (
+            {entry["seed"]: 100 * entry.get("test_top1_tta", np.nan) for entry in records[name]["seeds"]}
+            for name in ("03_fast", "03_fast_plain")
+        )
+        lines.append(f"In *fast*, the experts add {difference(first, other)} points.")
+    return " ".join(lines) or "No training has been recorded yet."
+
+
+def difference(first: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """Return the mean of paired differences and half of its 95 % interval, from values by seed."""
+    pairs = [first[seed] - other[seed] for seed in first.keys() & other.keys()]
+    half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs) if len(pairs) > 1 else np.nan
+    return f"{np.mean(pairs):+.1f} ± {half:.1f}".replace("-", "−") if pairs else "-"
 
 
 def results_markdown(records: Records) -> str:

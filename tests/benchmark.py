@@ -3,6 +3,7 @@
 batches: crop, mirroring and normalisation; beside it torchvision's for PIL images, in a DataLoader with two workers
 fit: notebook 01's network; beside it a bare loop over batches that lie ready
 bfloat16: a bare loop with notebook 03's fast model on the CPU; beside it float32
+steps: those of a whole training of notebook 03's fast model; beside it airbench94's, the recipe of the speed record
 memory: the most that a process holds that loads all data and trains notebook 01's network for one epoch
 --former FOLDER, a checkout of an earlier commit, adds rows against its `my_utils` and notebooks. --processes prints
 another table: two processes that torchrun starts beside one, on the same batches of 256 images. Each number comes from
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,10 +33,14 @@ import my_utils as utils
 CROP_AND_FLIP = utils.Augmentation(crop=4, flip="random")
 ADAM = {"optimizer": "adamw", "learning_rate": 0.01, "betas": [0.9, 0.99], "weight_decay": 0.0}
 MUON = {"optimizer": "normalized_muon", "learning_rate": 0.17, "momentum": 0.6, "weight_decay": 0.0}
+HEAD = {"learning_rate": 670.0, "weight_decay": 3e-6}
 FAST = {"batch_size": 1000, "learning_rate": 53.0, "augmentation": utils.Augmentation(crop=2, flip="alternating")}
 FAST |= {"schedule": "onecycle", "schedule_args": {"pct_start": 0.03, "cycle_momentum": False, "div_factor": 10}}
 FAST |= {"optimizer_args": {"momentum": 0.85, "nesterov": True, "weight_decay": 4e-5}, "label_smoothing": 0.2}
-FAST |= {"overrides": {"*bank": MUON, "*.gate.*": ADAM, "head.*": {"learning_rate": 670.0, "weight_decay": 3e-6}}}
+FAST |= {"overrides": {"*bank": MUON, "*.gate.*": ADAM, "head.*": HEAD}}
+# Jordan, 2024, in its current version with Muon: https://github.com/KellerJordan/cifar10-airbench
+AIRBENCH = FAST | {"epochs": 8, "batch_size": 2000, "learning_rate": 106.0}
+AIRBENCH["overrides"] = {"*bank": MUON | {"learning_rate": 0.24}, "head.*": HEAD | {"learning_rate": 1340.0}}
 
 
 def fit(build_model, splits, epochs, **settings) -> float:
@@ -58,6 +64,26 @@ def train(model, batches, device, dtype) -> float:
         optimizer.zero_grad()
     next(model.parameters()).sum().item()  # waits for a GPU
     return sum(len(labels) for _, labels in batches) / (time.perf_counter() - start)
+
+
+def seconds(build_model, recipe: utils.Recipe, rounds: int) -> float:
+    """Return what all steps of a training on 50,000 images take, from `rounds` steps with each size of image."""
+    device, total = utils.pick_device(), 0.0
+    model = build_model().to(device, memory_format=utils.layout(device))
+    training = utils.Training(model, recipe, 50_000, device)
+    labels = torch.randint(0, 10, (recipe.batch_size,), device=device)
+    for side, epochs in Counter(map(recipe.image_side, range(recipe.epochs))).items():
+        images = torch.randn(recipe.batch_size, 3, side, side, device=device)
+        images, times = images.contiguous(memory_format=utils.layout(device)), []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
+                logits = model(images)
+            training.step(torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.2))
+            next(model.parameters()).sum().item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        total += epochs * training.steps * median(times[1:])
+    return total
 
 
 def read(batches) -> float:
@@ -87,7 +113,15 @@ def measure(what: str, quick: bool) -> float:
         unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB on Linux
         return importlib.import_module("resource").getrusage(0).ru_maxrss / unit
     filters = advanced.parts.whitening_filters(splits.train)
-    fast = partial(advanced.FinalNet, filters=filters, widths=(64, 256, 256), norm=True)
+    fast = partial(advanced.ExpertNet, filters=filters, widths=(64, 256, 256), norm=True)
+    if what in ("steps", "airbench94"):
+        plain = what == "airbench94"  # whose network is the fast model's, without experts
+        switches = {"scale": False, "activation": torch.nn.GELU, "identity": True, "max_features": True}
+        switches |= {"small_logits": True, "mixture": advanced.Conv if plain else advanced.LinearMixture}
+        recipe = utils.Recipe(**AIRBENCH if plain else FAST | {"epochs": 9, "image_sides": [24, 28, 32]})
+        if plain:
+            utils.orthogonalize = partial(utils.orthogonalize, steps=3)
+        return seconds(partial(fast, **switches), recipe, 1 if quick else 5)
     ready = partial(utils.batches, part.train, seed=0)
     return {
         "batches": lambda: read(utils.batches(splits.train, 128, augmentation=CROP_AND_FLIP, seed=0)),
@@ -131,6 +165,7 @@ def main(quick: bool, former: Path | None, processes: bool) -> None:
     row("batches, torchvision's", "at least 10", way("batches"), way("pictures"))
     row("fit, a bare loop", "at least 0.95", way("fit"), way("bare"))
     row("bfloat16, float32", "at least 1.6 where it is taken", way("bfloat16"), way("float32"))
+    row("steps of fast, of airbench94", "at most 0.8", way("steps"), way("airbench94"), "{:.0f} s")
     row("memory", "below 2", way("memory"), unit="{:.2f} GiB")
     row("import", "", way("import"), unit="{:.2f} s")
     if former:

@@ -27,9 +27,9 @@ def mixture_count(i, o):
     return gate_count(i, 2) + 9 * i * o + i * o
 
 
-def block_count(i, o, depth=1, norm=False, se=False):
-    layer = mixture_count(o, o) + 2 * o * norm + se * (o * (o // 8) + o // 8 + (o // 8) * o + o)
-    return 9 * i * o + 2 * o * norm + depth * layer
+def block_count(i, o, norm=False, scale=True, se=False, mixture=mixture_count, **_):
+    norms = 2 * o * norm  # scales count, trained or not
+    return 9 * i * o + norms + mixture(o, o) + norms + se * (o * (o // 8) + o // 8 + (o // 8) * o + o)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def block_count(i, o, depth=1, norm=False, se=False):
         {},
         {"norm": True, "se": True},
         {"norm": True, "dropout": 0.1, "drop_path": 0.1},
-        {"widths": (64, 256, 256), "norm": True, "depth": 2},
+        {"widths": (64, 256, 256), "norm": True, "max_features": True},
     ],
     ids=str,
 )
@@ -47,8 +47,7 @@ def test_network(models, switches, whitened):
     filters = torch.randn(24, 12) if whitened else None
     network = models.ExpertNet(filters=filters, **switches)
     widths = switches.get("widths", (24, 64, 96))
-    counted = {name: value for name, value in switches.items() if name in ("depth", "norm", "se")}
-    blocks = sum(block_count(i, o, **counted) for i, o in itertools.pairwise((24, *widths)))
+    blocks = sum(block_count(i, o, **switches) for i, o in itertools.pairwise((24, *widths)))
     first = 24 * 12 + 24 if whitened else 24 * 27
     assert sum(p.numel() for p in network.parameters()) == first + blocks + widths[-1] * 10 + 10
     logits = network(torch.randn(4, 3, 32, 32))
@@ -87,11 +86,41 @@ def test_stochastic_depth_keeps_the_expectation(models):
     assert torch.equal(layer.eval()(torch.ones(2, 1, 1, 1)), torch.full((2, 1, 1, 1), 2.0))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_switches_are_off_until_switched_on(models, norm):
-    kinds = {type(module).__name__ for module in models.Block(8, 16, norm=norm).modules()}
-    assert ("BatchNorm2d" in kinds) == norm
-    assert not kinds & {"SE", "Dropout2d", "StochasticDepth"}
+KINDS = {
+    "norm": "BatchNorm2d",
+    "se": "SE",
+    "dropout": "Dropout2d",
+    "drop_path": "StochasticDepth",
+    "activation": "GELU",
+}
+VALUES = {"norm": True, "se": True, "dropout": 0.5, "drop_path": 0.5, "activation": nn.GELU}
+
+
+@pytest.mark.parametrize("switch", [None, *KINDS])
+def test_switches_are_off_until_switched_on(models, switch):
+    switches = {switch: VALUES[switch]} if switch else {}
+    kinds = {type(module).__name__ for module in models.Block(8, 16, **switches).modules()}
+    assert kinds & set(KINDS.values()) == ({KINDS[switch]} if switch else set())
+    assert ("ReLU" in kinds) == (switch != "activation")
+
+
+def test_linear_gate_and_plain_convolution_in_a_mixtures_place(models):
+    mixture, x = models.LinearMixture(5, 7), torch.randn(3, 5, 6, 6)
+    assert isinstance(mixture.gate, models.BasicGate)
+    torch.testing.assert_close(mixture.gate(x), torch.full((3, 2), 0.5))
+    torch.testing.assert_close(mixture(x), sum(conv(x) for conv in mixture.convs) / 2)
+    some = models.ExpertNet(mixture=(models.Conv, models.Mixture, models.Conv))
+    assert [isinstance(block[4], models.Mixture) for block in some.blocks] == [False, True, False]
+    assert some(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    plain = models.ExpertNet(mixture=models.Conv)
+    assert not any(isinstance(module, models.Mixture) for module in plain.modules())
+
+
+def test_scale_of_batchnorm_stays_1_if_it_is_switched_off(models):
+    for scale in (True, False):
+        block = models.Block(8, 16, norm=True, scale=scale)
+        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert len(norms) == 2 and all(norm.weight.requires_grad == scale for norm in norms)
 
 
 def test_one_argument_restores_the_basic_block(models):
@@ -110,40 +139,29 @@ def test_one_argument_restores_the_basic_block(models):
     assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_final_net_starts_near_the_identity(models, depth):
-    network = models.FinalNet(widths=(32, 40, 48), norm=True, depth=depth)
-    mixtures = [module for module in network.modules() if isinstance(module, models.Mixture)]
-    assert len(mixtures) == 3 * depth
+@pytest.mark.parametrize("gate", ["Mixture", "LinearMixture"])
+def test_identity_start(models, gate):
+    network = models.ExpertNet(widths=(32, 40, 48), norm=True, identity=True, mixture=getattr(models, gate))
     for block, channels in zip(network.blocks, (24, 32, 40), strict=True):
         x = torch.randn(2, channels, 6, 6)
         torch.testing.assert_close(block[0](x)[:, :channels], x)
         assert block[0].bank[channels:].all()  # the others keep their random weights: none of them is 0
-    for mixture in mixtures:
-        x = torch.randn(2, mixture.convs[1].in_channels, 6, 6)
-        torch.testing.assert_close(mixture(x), x)
+        x = torch.randn(2, block[4].convs[1].in_channels, 6, 6)
+        torch.testing.assert_close(block[4](x), x)
 
 
-def test_final_net_changes_activation_pooling_gates_and_head(models):
-    plain, final = models.ExpertNet(norm=True), models.FinalNet(norm=True)
-    names = {nn.ReLU: nn.GELU, nn.AdaptiveAvgPool2d: nn.AdaptiveMaxPool2d, models.ExpertGate: models.FinalGate}
-    names |= {models.Classifier: nn.Sequential}
-    kinds = [type(module) for module in list(plain.modules())[1:]]
-    assert [type(module) for module in list(final.modules())[1:]] == [names.get(kind, kind) for kind in kinds]
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(final(x) * 96, final.head(final.blocks(final.first(x))))
-    assert final.head[-1].bias is None
-    norms = [module for module in final.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(norms) == 6 and not any(norm.weight.requires_grad for norm in norms)
-    network = models.FinalNet(mixture=models.parts.BasicMixture)  # the basic block fits in here too
-    assert network(x).shape == (2, 10)
+def test_max_pooled_features_and_small_logits(models):
+    network = models.ExpertNet(small_logits=True, max_features=True)
+    features = network.blocks(network.first(torch.randn(2, 3, 32, 32))).amax((2, 3))
+    torch.testing.assert_close(network.head[2](features) * 96, features @ network.head[2].weight.T)
+    torch.testing.assert_close(network(x := torch.randn(2, 3, 32, 32)), network.head(network.blocks(network.first(x))))
+    assert network.head[2].bias is None and network.head[2].weight.std().item() == pytest.approx(1, abs=0.1)
 
 
-def test_final_gate_gives_the_same_weights_and_a_gradient_in_channels_last_order(models):
-    gate, x = models.FinalGate(8, num_experts=2), torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last)
-    torch.testing.assert_close(gate(x), models.ExpertGate.forward(gate, x))
+def test_the_gradient_of_the_means_keeps_the_channels_last_order(models):
+    mixture, x = models.Mixture(8, 8), torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last)
     x.requires_grad_()
-    [gradient] = torch.autograd.grad(gate(x)[:, 0].sum(), x)
+    [gradient] = torch.autograd.grad(mixture(x).sum(), x)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -159,7 +177,7 @@ def test_test_time_augmentation_is_the_average_worked_out_by_hand(models, synthe
     """A linear model takes a mirrored or moved image for another one."""
     cells = nbformat.read(utils.ROOT / "notebooks" / "03_advanced_training.ipynb", as_version=4).cells
     [source] = [cell.source for cell in cells if "class FlipTranslate" in cell.source]
-    exec(source.split("twin =")[0], vars(models))
+    exec(source, vars(models))
     model, split = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), synthetic_splits.val[:100]
     weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (split.mean, split.std))

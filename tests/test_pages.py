@@ -178,4 +178,11 @@ def test_both_themes(browser, site, theme):
         assert (brightness("color") > 180) is expected
         page.locator("header button").click()
         page.goto((site / "index.html").as_uri())
+    page.goto((site / "01_baseline.html").as_uri())
+    looks = page.eval_on_selector_all("main img", "all => all.map(i => [i.alt, getComputedStyle(i).filter])")
+    assert looks and all(
+        ("invert" in look) == (dark and "mage" not in alt and "icture" not in alt) for alt, look in looks
+    )
+    page.locator("main img").first.click()
+    assert page.locator("dialog[open] img").count() == 1
     context.close()

@@ -232,6 +232,7 @@ def test_settings_that_would_do_nothing_or_break_later_are_refused(splits, setti
 WRONG = [("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("batch_size", "128"), ("schedule", "up")]
 WRONG += [("learning_rate", value) for value in (-0.1, math.nan, math.inf, None)] + [("optimizer", "lion")]
 WRONG += [("momentum", 0.9), ("overrides", {"*.bias": 0.0}), ("schedule_args", None), ("label_smoothing", 1.0)]
+WRONG += [("image_sides", value) for value in ([], [33], 24)]
 WRONG += [("weight_averaging", 1.0), ("weight_averaging", "0.9"), ("precision", "half")]
 
 
@@ -239,6 +240,28 @@ WRONG += [("weight_averaging", 1.0), ("weight_averaging", "0.9"), ("precision", 
 def test_a_recipe_names_a_wrong_field(field, value):
     with pytest.raises(ValueError, match=rf"\b{field}\b"):
         Recipe(**{"epochs": 1} | {field: value})
+
+
+SIDES = []
+
+
+class AnySize(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        if self.training and len(x) == 50:
+            SIDES.append(x.shape[-1])
+        return super().forward(x)
+
+
+def test_each_part_of_the_training_sees_images_of_its_own_size(splits):
+    SIDES.clear()
+    run = fit(AnySize, splits, recipe(epochs=5, image_sides=[8, 32]))  # 200 images, 4 batches in an epoch
+    assert SIDES == [8] * 12 + [32] * 8
+    forward = [2 * 27 * 8 * side**2 + 2 * 80 for side in (8, 32)]
+    assert run.train_flops == 3 * 200 * (3 * forward[0] + 2 * forward[1])
+    assert run.identity != fit(AnySize, splits, recipe(epochs=5)).identity
 
 
 FAST, AMD, INTEL = {"avx512_bf16": True, "amx_bf16": False}, {"cpu_name": "AMD EPYC"}, {"cpu_name": "Intel Xeon"}
