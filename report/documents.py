@@ -368,7 +368,10 @@ def difference(first: Mapping[int, float], other: Mapping[int, float]) -> str:
     """Return the mean of paired differences and half of its 95 % interval, from values by seed."""
     pairs = [first[seed] - other[seed] for seed in first.keys() & other.keys()]
     half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs) if len(pairs) > 1 else np.nan
-    return f"{np.mean(pairs):+.1f} ± {half:.1f}".replace("-", "−") if pairs else "-"
+    if not pairs:
+        return "-"
+    mean = round(float(np.mean(pairs)), 1) + 0.0  # which makes 0.0 of -0.0
+    return f"{mean:+.1f} ± {half:.1f}".replace("-", "−")
 
 
 def results_markdown(records: Records) -> str:
