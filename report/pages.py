@@ -39,13 +39,20 @@ class Renderer(IPythonRenderer):
 
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FOLDED = """{% extends "index.html.j2" %}
+{% block input_group %}
+{% if cell.metadata.get("jupyter", {}).source_hidden %}
+<details><summary>Show the code</summary>{{ super() }}</details>
+{% else %}{{ super() }}{% endif %}
+{% endblock %}"""
 
 
 class Exporter(HTMLExporter):
-    """The body of a notebook's page, without prompts, styles or scripts."""
+    """The body of a notebook's page, without prompts, styles or scripts; the code of folded cells opens by a click."""
 
     def __init__(self, **traits):
-        super().__init__(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, **traits)
+        without = {"exclude_input_prompt": True, "exclude_output_prompt": True}
+        super().__init__(template_name="basic", raw_template=FOLDED, **without, **traits)
 
     def default_filters(self):
         yield from super().default_filters()

@@ -115,6 +115,15 @@ def test_rhythm(path):
     assert "CCC" not in "".join("C" if cell.cell_type == "code" else "-" for cell in read(path).cells)
 
 
+def test_folded_cells_leave_a_short_lesson(path):
+    folded = [cell for cell in code_cells(path) if cell.metadata.get("jupyter") == {"source_hidden": True}]
+    assert folded == [cell for cell in code_cells(path) if cell.metadata.get("cellView") == "form"] != []  # on Colab
+    story = list(itertools.takewhile(lambda cell: not cell.source.startswith("## Appendix"), read(path).cells))
+    lesson = [cell.source for cell in story if cell.cell_type == "code" and cell not in folded]
+    assert len(lesson) <= 50
+    assert sum(bool(line.strip()) for source in lesson for line in source.splitlines()) <= 500
+
+
 def test_pictures_have_alternative_texts(path):
     pictures = [picture for text in texts(path).values() for picture in text.pictures]
     assert [picture for picture in pictures if not picture.get("alt", "").strip()] == []
@@ -146,6 +155,39 @@ def test_nbval_markers(path):
         # The tag nbval-ignore-output is the only marker: others would leave cells out, or hide code behind a comment.
         assert "NBVAL" not in cell.source
         assert not [tag for tag in cell.metadata.get("tags", []) if "nbval" in tag and tag != "nbval-ignore-output"]
+
+
+RESULT = re.compile(r"(\d+\.\d+) ?(?:%|PFLOP)")
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[float]:
+    """Every accuracy and cost that a record or a publication states, in per cent and PFLOP."""
+    published = numbers((ROOT / "report" / "published.json").read_text(encoding="utf-8"))
+    found = [100 * number for number in published if number < 1] + published
+    for path in (ROOT / "report" / "results").glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.append(record["train_flops"] / 1e15)
+        for seed in record["seeds"]:
+            values = [seed["test_top1"], *seed["test_top1_interval"], *seed.get("test_top1_tta_interval", [])]
+            found += [100 * value for value in values]
+    return found
+
+
+def test_results_in_the_text_stand_in_an_output_or_a_record(path, recorded):
+    found, wrong = list(recorded), []
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            said = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+            found += [number * scale for text in said for number in numbers(text) for scale in (1, 100)]
+        elif "## Exercises" not in cell.source:
+            shown = {f"{number:.{digits}f}" for number in found for digits in (1, 2, 3)}
+            wrong += [claim for claim in RESULT.findall(cell.source) if claim not in shown]
+    assert wrong == []
 
 
 def test_ending(path):

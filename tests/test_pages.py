@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages import Renderer, build_site
 from playwright.sync_api import sync_playwright
@@ -83,6 +84,14 @@ def test_an_executed_notebook_is_shown_as_executed(toy):
     assert "of old" in text and "<title>1. A title: more</title>" in text
     index = (toy.root / "build" / "index.html").read_text(encoding="utf-8")
     assert '<a href="01_toy.html">1. A title: more</a>' in index and "The lead." in index
+
+
+def test_folded_code_opens_by_a_click(toy):
+    folded = new_code_cell("drawing", metadata={"jupyter": {"source_hidden": True}})
+    page = toy(new_markdown_cell("# 1. A title"), new_code_cell("lesson"), folded) / "01_toy.html"
+    soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+    assert [details.pre.get_text().strip() for details in soup.select(".cell details")] == ["drawing"]
+    assert "lesson" in soup.get_text()
 
 
 # --- In a browser ---
