@@ -578,6 +578,7 @@ def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: 
             with seeded(device, run.seed, epoch, processes()[0]):  # for dropout and the like
                 train_epoch(training, split, run.seed, epoch, progress)
                 evaluate_epoch(training, splits, watch, probe)
+            progress.show(run.history.train_top1[-1])
             on_first_process(lambda: store_run(run, training.state(), run.path))
     run.model = training.result.eval()
     return progress.figure
@@ -693,7 +694,8 @@ class Progress(tqdm):
     """While a run is trained: one line that moves and, in a notebook, the curves."""
 
     def __init__(self, run: Run, training: Training, plot: bool):
-        self.run, self.plot, self.figure, self.next_figure = run, plot and in_notebook(), None, 0.0
+        self.run, self.steps, self.plot = run, training.steps, plot and in_notebook()
+        self.figure, self.next_figure = None, 0.0
         self.done = len(run.history.step_loss) * training.batch_size
         form = "{desc}: {percentage:3.0f}%{postfix}, {rate_fmt}, {elapsed} gone, {remaining} left"
         settings = {"desc": run.title, "unit": " images", "unit_scale": True, "bar_format": form, "mininterval": 0.5}
@@ -706,7 +708,8 @@ class Progress(tqdm):
         minutes = self.format_dict["elapsed"] * (self.total - self.n) / max(1, self.n - self.done) / 60
         if minutes > 1 and not self.postfix:
             self.write(f"{self.run.title}: about {minutes:.0f} minutes; for less, interrupt and set TRAIN to quick")
-        text = f"epoch {len(history.seconds) + 1}, loss {history.step_loss[-1]:.3f}, train {train_top1:.1%}"
+        epoch = math.ceil(len(history.step_loss) / self.steps)
+        text = f"epoch {epoch}, loss {history.step_loss[-1]:.3f}, train {train_top1:.1%}"
         text += f", val {history.val_top1[-1]:.1%}" if history.val_top1 else ""
         self.set_postfix_str(f"{text}, learning rate {history.step_learning_rate[-1]:.2g}")
         if self.plot and start > self.next_figure:

@@ -429,7 +429,7 @@ def set_address(root: Path, place: str) -> list[Path]:
 def check(root: Path) -> list[str]:
     """Return what does not fit the committed records, a line each. No line, all is up to date.
 
-    Figures that need weights are written by the notebooks; each must name trainings that the records hold.
+    Figures that need weights are written by the notebooks; each must name training runs that the records hold.
     """
     report = root / "report"
     try:
@@ -450,7 +450,7 @@ def check(root: Path) -> list[str]:
         with Image.open(found[name]) as image:
             shown = image.info.get("Fingerprints", "").split()
         if not shown or not recorded.issuperset(shown):
-            problems.append(f"report/figures/{name}.png: shows trainings that are in no committed record")
+            problems.append(f"report/figures/{name}.png: shows training runs that are in no committed record")
     if not (report / "report.pdf").exists():
         problems.append("report/report.pdf: missing")
     elif PdfReader(report / "report.pdf").metadata.get("/Keywords") != _report_digest(report, records):

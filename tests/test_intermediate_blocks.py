@@ -252,7 +252,7 @@ def test_mean_kernel_is_the_mean_of_the_outputs(models):
 @pytest.mark.parametrize("last", ["softmax", "signed", "static"])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_study_gate(models, last, standardise, per_channel):
-    gate, x = models.StudyGate(16, 5, 4, last, standardise, per_channel), images(16, count=64)
+    gate, x = models.StudyGate(16, 5, last, standardise, per_channel), images(16, count=64)
     start = gate.double()(x)
     assert start.shape == ((64, 4, 5) if per_channel else (64, 4))
     expected = torch.tensor([1.0, 0, 0, 0]) if last == "static" else torch.full((4,), 0.25)

@@ -300,6 +300,16 @@ def test_sound_pictures_are_shown_and_damaged_ones_named(pictures, tmp_path, mon
     assert said == [f"{name} cannot be read as a picture" for name in ("cut.avif", "none.png", "cut.png")]
 
 
+def test_a_picture_stored_lying_on_its_side_is_turned_upright(pictures, tmp_path):
+    picture = Image.new("RGB", (64, 48), "blue")
+    picture.paste("red", (0, 0, 64, 24))  # red above blue
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn me by 90 degrees clockwise: red to the right
+    picture.save(tmp_path / "phone.png", exif=exif)
+    [image] = pictures(str(tmp_path / "phone.png"))
+    assert image[0, :, 16, 28].tolist() == [255, 0, 0] and image[0, :, 16, 3].tolist() == [0, 0, 255]
+
+
 def test_one_picture_needs_no_list(pictures, tmp_path):
     Image.new("RGB", (40, 50), "red").save(tmp_path / "cat.png")
     [image] = pictures(str(tmp_path / "cat.png"))
