@@ -535,7 +535,7 @@ class Run:
 
 def fit(
     build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *, run: str, seed=0, watch=False, probe=None,
-    plot=True, device=None
+    plot=True, device=None, identity: str = ""
 ) -> Run:  # fmt: skip
     """Train a model, or go on after the last epoch in the run store, which may be the last of all.
 
@@ -546,6 +546,7 @@ def fit(
     probe: function of the model; the numbers in the dict that it returns are logged after each epoch. It is known by
         its name: rename it when you change it
     plot: show the curves while training, and leave them as a figure
+    identity: that of another seed's run, which saves computing it again; see `fit_seeds`
 
     Raises FloatingPointError if loss or weights are no longer finite, and filelock.Timeout if another process trains
     this very run. However it was stopped, the next call goes on after the last whole epoch.
@@ -553,7 +554,8 @@ def fit(
     device, figure = torch.device(device or pick_device()), None
     model = make_model(build_model, seed, device)
     with seeded(device, seed):
-        this = describe_run(run, seed, build_model, model, splits, recipe, watch, probe, device)
+        identity = identity or identify(build_model, recipe, splits.digest, watch, probe)
+        this = describe_run(run, seed, build_model, model, splits, recipe, identity, device)
     if not find_finished(this):
         with explained(this.path):
             held = filelock.FileLock(f"{this.path}.lock", timeout=0).acquire() if processes()[0] == 0 else nullcontext()
@@ -563,6 +565,15 @@ def fit(
     if plot:
         show(plot_history(this.history, recipe.epochs, this.title), alt=CURVES, handle=figure)
     return this
+
+
+def fit_seeds(build_model, splits: Splits, recipe: Recipe, seeds: Iterable, *, plot=False, **settings) -> list[Run]:
+    """Return what `fit` gives for each of some seeds, with its further settings; only the first shows its curves."""
+    runs = []
+    for seed in seeds:
+        settings |= {"plot": plot and not runs, "identity": runs[0].identity if runs else ""}
+        runs.append(fit(build_model, splits, recipe, seed=seed, **settings))
+    return runs
 
 
 def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: bool, device: torch.device):
@@ -1111,10 +1122,9 @@ def seeded(device: torch.device, seed: int, *key: int) -> Iterator[None]:
             np.random.set_state(legacy)
 
 
-def describe_run(name, seed, build_model, model, splits, recipe, watch, probe, device) -> Run:
+def describe_run(name, seed, build_model, model, splits, recipe, identity, device) -> Run:
     """Return a run that is still to be trained, with its place in the store."""
     model = getattr(model, "_orig_mod", model)  # of a compiled model, the model itself
-    identity = identify(build_model, recipe, splits.digest, watch, probe)
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
     parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
     images = min(count, steps_per_epoch(count, recipe.batch_size) * recipe.batch_size)

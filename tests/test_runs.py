@@ -76,6 +76,18 @@ def test_a_finished_run_is_found_where_its_file_was_moved(splits, store, monkeyp
     assert found.path.read_bytes() == before
 
 
+def test_several_seeds_are_each_the_run_of_that_seed(splits, monkeypatch):
+    identified, shown = [], []
+    identify = my_utils.identify
+    monkeypatch.setattr(my_utils, "identify", lambda *what: identified.append(what) or identify(*what))
+    monkeypatch.setattr(my_utils, "show", lambda *figure, **settings: shown.append(figure))
+    runs = my_utils.fit_seeds(Tiny, splits, recipe(), range(3), run="test/tiny", plot=True)
+    assert (len(identified), len(shown), len({run.fingerprint for run in runs})) == (1, 1, 3)
+    for seed, run in enumerate(runs):
+        with training_steps(0):
+            assert_same(fit(Tiny, splits, recipe(), seed=seed), run)
+
+
 def changed(splits, part, **values):
     return {"splits": replace(splits, **{part: replace(getattr(splits, part), **values)})}
 
