@@ -78,7 +78,7 @@ def colab_markdown(root: Path, address: str) -> str:
 def citation_markdown(address: str) -> str:
     """Return how to cite the series, in BibTeX."""
     url = f",\n  url = {{{address}}}" if address else ""
-    title = "Experts on CIFAR-10: three notebooks, from a plain baseline to 95 %"
+    title = "Experts on CIFAR-10: parallel convolutions, mixed image by image"
     return f"```bibtex\n@misc{{experts_on_cifar10,\n  title = {{{title}}},\n  year = {{2026}}{url}\n}}\n```"
 
 
