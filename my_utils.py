@@ -495,7 +495,7 @@ class Run:
     """One training of one model with one seed.
 
     identity: what is trained, without the seed (see `identify`); path: where its weights are
-    train_flops: 3 x the counted forward pass x the images seen; recorded: its entry in a record, if only that is left
+    train_flops: 3 x the counted forward pass x the images seen; recorded: its entry in a record, if it was found there
     """
 
     name: str
@@ -523,7 +523,7 @@ class Run:
     @functools.cached_property
     def model(self) -> nn.Module:
         """The trained model in evaluation mode, loaded when it is first asked for."""
-        if self.recorded:
+        if self.recorded and "weights" not in self.recorded:
             took = f"{sum(self.history.seconds) / 60:.0f} minutes on {self.device}"
             raise FileNotFoundError(f"the weights of {self.title} do not ship; set TRAIN to full to train it ({took})")
         device = pick_device()
@@ -913,7 +913,7 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
 
     It goes to report/results/<run's name>.json after a `full` run on real CIFAR-10 with the environment variable
     RECORD=1, else to build/results/. Accuracies are fractions; `train_flops` are those of one seed.
-    tta: returns, for a model, one with test-time augmentation, to be evaluated as well
+    tta: returns, for a model, one with test-time augmentation, to be evaluated as well, unless the run is in a record
     ship: a committed record takes the weights of the first run with it, to report/runs/, in half precision
     """
     first, folder, name = runs[0], output_dir(splits.source), runs[0].name.replace("/", "_")
@@ -938,19 +938,22 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
 
 
 def seed_entry(run: Run, splits: Splits, tta) -> dict:
-    """Return what a record says of one seed; without weights, what it said before."""
-    if run.recorded:
+    """Return what a record says of one seed. Of a run found in a record, at most the plain test accuracy is new."""
+    if run.recorded and "weights" not in run.recorded:
         return run.recorded
     evaluate_on_test = functools.partial(evaluate, split=splits.test, precision=run.recipe.precision)
     test, history = evaluate_on_test(run.model), asdict(run.history)
+    tested = {"test_top1": test.top1, "test_top1_interval": list(test.interval), "test_nll": test.nll}
+    tested |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist()}
+    if run.recorded:
+        return run.recorded | tested
     for key in ("step_loss", "step_learning_rate"):  # means of equally many steps, at most 500 of them
         values, width = history[key], math.ceil(len(history[key]) / 500)
         pieces = [values[start : start + width] for start in range(0, len(values), width)]
         history[key] = [float(f"{np.mean(piece):.5g}") for piece in pieces]
     entry = {"seed": run.seed, "fingerprint": run.fingerprint, "device": run.device, "versions": run.versions}
-    entry |= {"val_top1": history["val_top1"][-1] if history["val_top1"] else None, "test_top1": test.top1}
-    entry |= {"test_top1_interval": list(test.interval), "test_nll": test.nll, "test_ece": test.ece}
-    entry |= {"test_confusion": test.confusion.tolist(), "train_seconds": sum(history["seconds"]), "history": history}
+    entry |= {"val_top1": history["val_top1"][-1] if history["val_top1"] else None, **tested}
+    entry |= {"train_seconds": sum(history["seconds"]), "history": history}
     if tta:
         better = evaluate_on_test(tta(run.model))
         entry |= {"tta": tta.__name__, "test_top1_tta": better.top1, "test_top1_tta_interval": list(better.interval)}
@@ -1042,7 +1045,7 @@ def find_finished(run: Run) -> bool:
         found, where = next((entry for entry in entries if entry["fingerprint"] == run.fingerprint), {}), "records"
         if "weights" in found:
             run.path = ROOT / "report" / "runs" / found["weights"]
-        run.recorded = None if "weights" in found else found
+        run.recorded = found
     if not found or "training" in found:
         return False
     run.history, run.device, run.versions = History(**found["history"]), found["device"], found["versions"]

@@ -159,6 +159,12 @@ def test_a_shipped_run_brings_its_weights(root, real, committed):
         fit(Tiny, real, recipe()).model  # noqa: B018
 
 
+def test_of_a_shipped_run_only_the_plain_test_accuracy_is_computed_anew(real, committed):
+    run, [entry, _] = fit(Tiny, real, recipe()), committed[1]["seeds"]
+    run.recorded = entry | {"test_top1": 0.0, "test_top1_tta": 0.5}
+    assert record([run], real, tta=nn.Sequential, ship=True)["seeds"] == [entry | {"test_top1_tta": 0.5}]
+
+
 def test_a_recorded_run_without_weights_says_how_to_train(real, committed, monkeypatch):
     trained, found = committed[0][1], fit(Tiny, real, recipe(), seed=1)
     assert (found.history.val_top1, found.device) == (trained.history.val_top1, trained.device)
