@@ -1131,8 +1131,8 @@ def describe_run(name, seed, build_model, model, splits, recipe, identity, devic
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
     parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
     images = min(count, steps_per_epoch(count, recipe.batch_size) * recipe.batch_size)
-    sides = map(recipe.image_side, range(recipe.epochs))
-    flops = 3 * images * sum(map(functools.partial(count_flops, model), sides))
+    sides = list(map(recipe.image_side, range(recipe.epochs)))
+    flops = 3 * images * sum(sides.count(side) * count_flops(model, side) for side in set(sides))
     where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
     where = f"{processes()[1]} x {where}" if processes()[1] > 1 else where
     return Run(name, seed, recipe, splits.source, identity, path, parameters, flops, where, build_model)

@@ -73,7 +73,7 @@ def test_picture_of_a_block(models, name):
     [axes] = figure.axes
     assert axes.get_title() == "a title"
     texts = [text for text in axes.texts if text.get_text()]
-    expected = ["input $x$", *itertools.chain(*block["branches"]), "sum", *block.get("after", []), "output $x'$"]
+    expected = ["input $x$", *itertools.chain(*block["branches"]), "sum", *block.get("after", []), "output"]
     if "gate" in block:
         expected += ["channel means", block["gate"], *(f"× $a_{k}$" for k, _ in enumerate(block["branches"], 1))]
     if "skip" in block:
