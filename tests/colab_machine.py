@@ -23,8 +23,9 @@ import sys, nbformat
 from nbclient import NotebookClient
 path, folder = sys.argv[1:]
 notebook = nbformat.read(path, as_version=4)
+# Now and then these versions miss a cell's end, until its time is up; then they go on.
 try:
-    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": folder}}).execute()
 finally:
     nbformat.write(notebook, path)
 """
