@@ -846,6 +846,22 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
     return handle
 
 
+def show_slider(slider, draw: Callable[[float], Figure]) -> None:
+    """Show a slider of ipywidgets and, below it, the figure that `draw` returns for its value, also when it moves."""
+    import ipywidgets
+    from IPython.display import display
+
+    def redraw(_=None) -> None:
+        buffer = io.BytesIO()
+        draw(slider.value).savefig(buffer, dpi=110)
+        picture.value = buffer.getvalue()
+
+    picture = ipywidgets.Image()  # `ipywidgets.interact` has an Output, for which nbclient sometimes waits forever
+    slider.observe(redraw, "value")
+    redraw()
+    display(slider, picture)
+
+
 def plot_history(history: History, epochs: int, title: str) -> Figure:
     """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
