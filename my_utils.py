@@ -496,6 +496,7 @@ class Run:
 
     identity: what is trained, without the seed (see `identify`); path: where its weights are
     train_flops: 3 x the counted forward pass x the images seen; recorded: its entry in a record, if it was found there
+    test: what `record` found on the test images, if it had the weights
     """
 
     name: str
@@ -511,6 +512,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=versions)
     history: History = field(default_factory=History, repr=False)
     recorded: dict | None = field(default=None, repr=False)
+    test: Evaluation | None = field(default=None, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -789,8 +791,11 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, *, precision="auto", batch_size=1000) -> Tensor:
-    """Return the logits [N, 10], float32 on the CPU, of a model in evaluation mode on the device the model is on."""
+def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1000) -> Tensor:
+    """Return the logits [N, 10] on the CPU of a model in evaluation mode on the device the model is on.
+
+    They are computed in float32, so that every machine gives the same answers, up to a few images in 10,000.
+    """
     device = next(model.parameters(), torch.zeros(())).device
     dtype, found = pick_precision(precision, device), []
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -800,7 +805,7 @@ def predict(model: nn.Module, split: Split, *, precision="auto", batch_size=1000
     return torch.cat(found)
 
 
-def evaluate(model: nn.Module, split: Split, *, precision="auto") -> Evaluation:
+def evaluate(model: nn.Module, split: Split, *, precision="float32") -> Evaluation:
     """Return the Evaluation of a model on a split, un-augmented; see `predict`, `score`."""
     return score(predict(model, split, precision=precision), split.labels)
 
@@ -957,8 +962,8 @@ def seed_entry(run: Run, splits: Splits, tta) -> dict:
     """Return what a record says of one seed. Of a run found in a record, at most the plain test accuracy is new."""
     if run.recorded and "weights" not in run.recorded:
         return run.recorded
-    evaluate_on_test = functools.partial(evaluate, split=splits.test, precision=run.recipe.precision)
-    test, history = evaluate_on_test(run.model), asdict(run.history)
+    run.test = test = evaluate(run.model, splits.test)
+    history = asdict(run.history)
     tested = {"test_top1": test.top1, "test_top1_interval": list(test.interval), "test_nll": test.nll}
     tested |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist()}
     if run.recorded:
@@ -971,8 +976,9 @@ def seed_entry(run: Run, splits: Splits, tta) -> dict:
     entry |= {"val_top1": history["val_top1"][-1] if history["val_top1"] else None, **tested}
     entry |= {"train_seconds": sum(history["seconds"]), "history": history}
     if tta:
-        better = evaluate_on_test(tta(run.model))
+        better = evaluate(tta(run.model), splits.test)
         entry |= {"tta": tta.__name__, "test_top1_tta": better.top1, "test_top1_tta_interval": list(better.interval)}
+        entry |= {"val_top1_tta": evaluate(tta(run.model), splits.val).top1} if splits.val else {}
     return entry
 
 

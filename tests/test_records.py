@@ -47,11 +47,13 @@ def test_every_value_of_a_record(root, splits):
     history = entry.pop("history")
     for name, values in asdict(run.history).items():
         assert history[name] == pytest.approx(values, rel=1e-4), name
-    test, flipped = (evaluate(model, splits.test, precision="float32") for model in (run.model, Mirrored(run.model)))
+    test, flipped = (evaluate(model, splits.test) for model in (run.model, Mirrored(run.model)))
     expected = {"seed": 4, "fingerprint": run.fingerprint, "val_top1": 0.6, "train_seconds": sum(run.history.seconds)}
     expected |= {"test_top1": test.top1, "test_top1_interval": list(test.interval), "test_nll": test.nll}
     expected |= {"test_ece": test.ece, "test_confusion": test.confusion.tolist(), "tta": "Mirrored"}
     expected |= {"test_top1_tta": flipped.top1, "test_top1_tta_interval": list(flipped.interval)}
+    expected |= {"val_top1_tta": evaluate(Mirrored(run.model), splits.val).top1}
+    assert run.test.nll == test.nll
     assert entry == expected | where
 
 
