@@ -13,6 +13,7 @@ after Ctrl-C.
 import argparse
 import asyncio
 import json
+import os
 import re
 import shutil
 import sys
@@ -34,7 +35,8 @@ from pages import build_site
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 BUILD = ROOT / "build"
-RESULTS = (BUILD / "results", ROOT / "report" / "results")
+RUNS = Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
+RESULTS = (RUNS.parent / "build" / "results", ROOT / "report" / "results")
 
 TERMINAL_PAUSE, FILE_PAUSE = 0.5, 10.0  # least seconds between two lines of progress
 HEARTBEAT = 15.0  # seconds of silence after which a running cell is said to be alive
