@@ -1,12 +1,15 @@
 """Colab, as far as this machine can play it: its versions, its folder, its dialogs and its list of sessions."""
 
 import contextlib
+import hashlib
 import http.server
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +20,9 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 STAND_INS = ROOT / "tests" / "colab"
 HOST = f"127.{os.getpid() >> 14}.{os.getpid() >> 7 & 127}.{1 + (os.getpid() & 127)}"  # of this process alone
+DATA = Path(os.environ.get("CIFAR10_ROOT") or ROOT / "data").expanduser() / "cifar-10-batches-py"
+ARCHIVE = "/cifar-10-python.tar.gz"
+PERSONAL = ("RUNS_DIR", "RECORD", "TRAIN", "CIFAR10_ROOT")
 REPOSITORY, BRANCH = "https://github.com/someone/experts", "a/branch"
 EXECUTE = """
 import sys, nbformat
@@ -27,6 +33,12 @@ try:
     NotebookClient(notebook, resources={"metadata": {"path": folder}}).execute()
 finally:
     nbformat.write(notebook, path)
+"""
+REPLAYED = """
+assert splits.source == "cifar10" and len(runs) == 3
+for run, entry in zip(runs, result["seeds"]):
+    assert run.recorded, "trained again"
+    assert abs(entry["test_top1"] - run.recorded["test_top1"]) < 0.001, "not the record's accuracy"
 """
 
 
@@ -39,16 +51,16 @@ def session(notebook: str) -> str:
 
 
 @contextlib.contextmanager
-def listing(answer: str, status: int = 200, wait: float = 0) -> Iterator[None]:
-    """Answer like this, after some seconds, to whoever asks for the list of sessions."""
+def listing(answer: str, status: int = 200, wait: float = 0, archive: bytes = b"") -> Iterator[None]:
+    """Answer like this, after some seconds, to whoever asks for the list of sessions; serve an archive of the data."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             time.sleep(wait)
-            self.send_response(status if self.path == "/api/sessions" else 404)
+            self.send_response(status)
             self.end_headers()
             with contextlib.suppress(BrokenPipeError):  # it did not wait for the answer
-                self.wfile.write(answer.encode())
+                self.wfile.write({"/api/sessions": answer.encode(), ARCHIVE: archive}.get(self.path, b""))
 
         def log_message(self, *_):
             pass
@@ -72,7 +84,7 @@ def variables(python: str, public: Path, uploads: Path | None = None) -> dict[st
     The folder `public` stands for the repository on GitHub, and `uploads` holds the files that a student chooses.
     """
     path = [str(STAND_INS / "bin"), str(Path(python).parent), os.environ["PATH"]]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RUNS_DIR", "RECORD", "CIFAR10_ROOT")}
+    kept = {name: value for name, value in os.environ.items() if name not in PERSONAL}
     return kept | {
         "COLAB_RELEASE_TAG": "release-colab",
         "RUN_SIZE": "smoke",
@@ -124,23 +136,38 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+def pack() -> bytes:
+    """Return CIFAR-10 as an archive. The official one is compressed; this is made in a second."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=0) as archive:
+        archive.add(DATA.resolve(), DATA.name)
+    return packed.getvalue()
+
+
 def run(path: Path, python: str, folder: Path, public: Path, way: str) -> bool:
     """Execute a notebook in a fresh Colab and return whether it ran without a fault.
 
     `way` is how the set-up cell finds the series: the notebook was "opened" from GitHub, "REPOSITORY" is set in it, or
-    it asks for an "upload".
+    it asks for an "upload". In a "replay", notebook 01 was opened from GitHub, too; it runs in full size, and downloads
+    CIFAR-10 from this machine.
     """
+    folder /= way
     content = folder / path.stem
     (content / "sample_data").mkdir(parents=True)
-    uploads = None
+    uploads, archive = None, pack() if way == "replay" else b""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         if way == "REPOSITORY" and "setup" in cell.metadata.get("tags", []):
             cell.source = cell.source.replace('REPOSITORY = ""', f'REPOSITORY = "{REPOSITORY}"')
+        if way == "replay" and "setup" in cell.metadata.get("tags", []):
+            cell.source += f"\nutils.CIFAR10_SOURCES = ['http://{HOST}:9000{ARCHIVE}']"
+            cell.source += f"\nutils.DATA_SET.tgz_md5 = '{hashlib.md5(archive).hexdigest()}'"
+    if way == "replay":
+        notebook.cells.append(nbformat.v4.new_code_cell(REPLAYED))
     if way == "upload":
-        uploads = folder / f"{path.stem}-uploads"
+        uploads = folder / "uploads"
         uploads.mkdir()
         for file in (public / "my_utils.py", *sorted(path.parent.glob("*.ipynb"))):
             if file != path:
@@ -148,9 +175,11 @@ def run(path: Path, python: str, folder: Path, public: Path, way: str) -> bool:
     executed = folder / path.name
     nbformat.write(notebook, executed)
     start = time.monotonic()
-    with listing(session(path.stem) if way == "opened" else "[]"):
+    with listing(session(path.stem) if way in ("opened", "replay") else "[]", archive=archive):
         command = [python, "-c", EXECUTE, executed, content]
         environment = variables(python, public, uploads)
+        if way == "replay":
+            del environment["RUN_SIZE"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     found = faults(nbformat.read(executed, as_version=4))
     if done.returncode and not found:
@@ -164,5 +193,9 @@ def test(folder: Path, environment: Path | None = None) -> bool:
     python = install(environment or folder / "environment")
     public = publish(folder / "public")
     paths = sorted((public / "notebooks").glob("*.ipynb"))
-    ways = ("opened", "REPOSITORY", "upload")
-    return all([run(path, python, folder, public, way) for path, way in zip(paths, ways, strict=True)])
+    tasks = list(zip(paths, ("opened", "REPOSITORY", "upload"), strict=True))
+    if DATA.is_dir():
+        tasks.append((paths[0], "replay"))
+    else:
+        print(f"the replay is left out: it needs {DATA}", flush=True)
+    return all([run(path, python, folder, public, way) for path, way in tasks])
