@@ -59,7 +59,7 @@ def listing(answer: str, status: int = 200, wait: float = 0, archive: bytes = b"
             time.sleep(wait)
             self.send_response(status)
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError):  # it did not wait for the answer
+            with contextlib.suppress(ConnectionError):  # it did not wait for the answer
                 self.wfile.write({"/api/sessions": answer.encode(), ARCHIVE: archive}.get(self.path, b""))
 
         def log_message(self, *_):
@@ -180,7 +180,7 @@ def run(path: Path, python: str, folder: Path, public: Path, way: str) -> bool:
         environment = variables(python, public, uploads)
         if way == "replay":
             del environment["RUN_SIZE"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     found = faults(nbformat.read(executed, as_version=4))
     if done.returncode and not found:
         found = [done.stderr.strip()]
