@@ -754,7 +754,7 @@ class Evaluation:
     logits: float32 [N, 10] on the CPU; labels: int64 [N]
     top1: fraction of right answers; interval: its 95 % Wilson interval; nll: mean cross-entropy in nats
     ece: expected calibration error, 15 bins (Guo et al., 2017, https://arxiv.org/abs/1706.04599)
-    confusion: int64 [10, 10], row = true class, column = predicted class; per_class: accuracy of each class [10]
+    confusion: int64 [10, 10], row = true class, column = predicted class
     """
 
     logits: Tensor
@@ -764,7 +764,6 @@ class Evaluation:
     nll: float
     ece: float
     confusion: Tensor
-    per_class: Tensor
 
 
 def score(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -773,12 +772,12 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
         raise FloatingPointError("logits hold values that are not finite; the model is broken, or its input is")
     logits, labels = logits.float().cpu(), labels.cpu()
     confusion = torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10)
-    right, per_class = int(confusion.diag().sum()), confusion.diag() / confusion.sum(1).clamp(min=1)
+    right = int(confusion.diag().sum())
     wilson = scipy.stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
     interval, nll = (float(wilson.low), float(wilson.high)), F.cross_entropy(logits.double(), labels).item()
     confidence, accuracy, count = reliability(logits, labels)
     ece = ((confidence - accuracy).abs() * count).sum().item() / len(labels)
-    return Evaluation(logits, labels, right / len(labels), interval, nll, ece, confusion, per_class)
+    return Evaluation(logits, labels, right / len(labels), interval, nll, ece, confusion)
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
