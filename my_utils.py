@@ -824,7 +824,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # Plots ----------------------------------------------------------------------------------------------------------------
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
-COLOURS = dict(zip(("train", "val", "test"), sns.color_palette("colorblind"), strict=False))
 CURVES = "Loss of every batch on the left, accuracy after every epoch on the right"
 
 
@@ -870,17 +869,16 @@ def plot_history(history: History, epochs: int, title: str) -> Figure:
     """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    loss, steps = pd.Series(history.step_loss, dtype=float), len(history.step_loss)
-    loss.index = np.linspace(0, len(history.seconds) or 1, steps)  # the epoch of each step
-    left.plot(loss, color=COLOURS["train"], alpha=0.25, linewidth=0.7, label="each batch")
-    left.plot(loss.rolling(max(5, steps // 50), min_periods=1).mean(), color=COLOURS["train"], label="moving mean")
-    top = max(2.5, loss.quantile(0.99) if steps else 0)
-    left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, top))
+    epoch_of_step = np.linspace(0, len(history.seconds) or 1, len(history.step_loss))
+    loss = pd.Series(history.step_loss, epoch_of_step, dtype=float)
+    left.plot(loss, color="C0", alpha=0.25, linewidth=0.7, label="each batch")
+    left.plot(loss.rolling(max(5, len(loss) // 50), min_periods=1).mean(), color="C0", label="moving mean")
+    left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, max(2.5, loss.quantile(0.99))))
     labels = {"train": "train (augmented, running)", "val": "validation", "test": "test (watched)"}
-    for name, label in labels.items():
+    for colour, (name, label) in enumerate(labels.items()):
         if values := getattr(history, f"{name}_top1"):
-            percents = [100 * value for value in values]
-            right.plot(range(1, len(values) + 1), percents, "o-", color=COLOURS[name], ms=4, label=label)
+            epoch, percents = range(1, len(values) + 1), 100 * np.array(values)
+            right.plot(epoch, percents, "o-", color=f"C{colour}", ms=4, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0.5, epochs + 0.5))
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right) if right.lines else (left,):
