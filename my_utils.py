@@ -775,18 +775,11 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
     right = int(confusion.diag().sum())
     wilson = scipy.stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
     interval, nll = (float(wilson.low), float(wilson.high)), F.cross_entropy(logits.double(), labels).item()
-    confidence, accuracy, count = reliability(logits, labels)
-    ece = ((confidence - accuracy).abs() * count).sum().item() / len(labels)
-    return Evaluation(logits, labels, right / len(labels), interval, nll, ece, confusion)
-
-
-def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean confidence, accuracy and number of images of each bin of confidence that holds any."""
     confidence, answer = logits.double().softmax(1).max(1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    count = torch.bincount(bin_of, minlength=bins)
-    sums = [torch.bincount(bin_of, v, minlength=bins) for v in (confidence, (answer == labels).double())]
-    return sums[0][count > 0] / count[count > 0], sums[1][count > 0] / count[count > 0], count[count > 0]
+    bin_of = (15 * confidence).long().clamp(max=14)
+    excess = torch.bincount(bin_of, confidence - (answer == labels).double())  # confidence minus accuracy, summed
+    ece = excess.abs().sum().item() / len(labels)
+    return Evaluation(logits, labels, right / len(labels), interval, nll, ece, confusion)
 
 
 @torch.no_grad()
