@@ -2,8 +2,8 @@
 
 - oldest: the lowest versions that requirements.txt allows, installed into an environment of their own.
 - small: one core, 4 GB of memory for each process, and no AVX512.
-- colab: the versions that Google Colab has, and a stand-in for its dialogs; only the notebooks run there, and one of
-  them a second time as a student sees it, on CIFAR-10, where that is at hand.
+- colab: the versions that Google Colab has, and a stand-in for its dialogs; only the notebooks run there, and 01
+  in full size as well, if CIFAR-10 is in data/ or CIFAR10_ROOT.
 - abroad: a folder with spaces and letters that are not English, a locale without UTF-8, another time zone.
 
 Each runs in a fresh clone of what is committed; without a name, one after the other. The exit status is 1 if any fails.
