@@ -32,15 +32,11 @@ def block_count(i, o, norm=False, scale=True, se=False, mixture=mixture_count, *
     return 9 * i * o + norms + mixture(o, o) + norms + se * (o * (o // 8) + o // 8 + (o // 8) * o + o)
 
 
+BOTH = {"norm": True, "se": True, "dropout": 0.1, "drop_path": 0.1}
+
+
 @pytest.mark.parametrize(
-    "switches",
-    [
-        {},
-        {"norm": True, "se": True},
-        {"norm": True, "dropout": 0.1, "drop_path": 0.1},
-        {"widths": (64, 256, 256), "norm": True, "max_features": True},
-    ],
-    ids=str,
+    "switches", [{}, BOTH, {"widths": (64, 256, 256), "norm": True, "max_features": True}], ids=str
 )
 @pytest.mark.parametrize("whitened", [False, True])
 def test_network(models, switches, whitened):
@@ -86,21 +82,15 @@ def test_stochastic_depth_keeps_the_expectation(models):
     assert torch.equal(layer.eval()(torch.ones(2, 1, 1, 1)), torch.full((2, 1, 1, 1), 2.0))
 
 
-KINDS = {
-    "norm": "BatchNorm2d",
-    "se": "SE",
-    "dropout": "Dropout2d",
-    "drop_path": "StochasticDepth",
-    "activation": "GELU",
-}
-VALUES = {"norm": True, "se": True, "dropout": 0.5, "drop_path": 0.5, "activation": nn.GELU}
+SWITCHES = {"norm": (True, "BatchNorm2d"), "se": (True, "SE"), "activation": (nn.GELU, "GELU")}
+SWITCHES |= {"dropout": (0.5, "Dropout2d"), "drop_path": (0.5, "StochasticDepth"), None: (None, None)}
 
 
-@pytest.mark.parametrize("switch", [None, *KINDS])
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_switches_are_off_until_switched_on(models, switch):
-    switches = {switch: VALUES[switch]} if switch else {}
-    kinds = {type(module).__name__ for module in models.Block(8, 16, **switches).modules()}
-    assert kinds & set(KINDS.values()) == ({KINDS[switch]} if switch else set())
+    value, kind = SWITCHES[switch]
+    kinds = {type(module).__name__ for module in models.Block(8, 16, **({switch: value} if switch else {})).modules()}
+    assert kinds & {kind for _, kind in SWITCHES.values()} == {kind} - {None}
     assert ("ReLU" in kinds) == (switch != "activation")
 
 
@@ -116,11 +106,10 @@ def test_linear_gate_and_plain_convolution_in_a_mixtures_place(models):
     assert not any(isinstance(module, models.Mixture) for module in plain.modules())
 
 
-def test_scale_of_batchnorm_stays_1_if_it_is_switched_off(models):
-    for scale in (True, False):
-        block = models.Block(8, 16, norm=True, scale=scale)
-        norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-        assert len(norms) == 2 and all(norm.weight.requires_grad == scale for norm in norms)
+@pytest.mark.parametrize("scale", [True, False])
+def test_scale_of_batchnorm_stays_1_if_it_is_switched_off(models, scale):
+    norms = [m for m in models.Block(8, 16, norm=True, scale=scale).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 2 and all(norm.weight.requires_grad == scale for norm in norms)
 
 
 def test_one_argument_restores_the_basic_block(models):
@@ -129,13 +118,10 @@ def test_one_argument_restores_the_basic_block(models):
         basic.gate.linear.weight.normal_()
     for image, mixed in zip(x, basic(x), strict=True):
         a = basic.gate.linear.weight @ image.mean((1, 2)) + basic.gate.linear.bias
-        outputs = [
-            nn.functional.conv2d(image[None], conv.bank.view(7, 5, 3, 3), conv.bias, padding=1)[0]
-            for conv in basic.convs
-        ]
+        kernels = ((conv.bank.view(7, 5, 3, 3), conv.bias) for conv in basic.convs)
+        outputs = [nn.functional.conv2d(image[None], *kernel, padding=1)[0] for kernel in kernels]
         torch.testing.assert_close(mixed, sum(weight * y for weight, y in zip(a, outputs, strict=True)))
-    network = models.ExpertNet(mixture=models.parts.BasicMixture)
-    kinds = {type(module).__name__ for module in network.modules()}
+    kinds = {type(module).__name__ for module in models.ExpertNet(mixture=models.parts.BasicMixture).modules()}
     assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
 
 

@@ -50,12 +50,9 @@ def test_the_head_holds_the_first_images_of_each_class(synthetic_splits):
         assert torch.equal(head.images, whole.images[places]) and torch.equal(head.labels, whole.labels[places])
     parts = synthetic_splits.head(30, 20, 10)
     assert [len(split) for split in (parts.train, parts.val, parts.test)] == [30, 20, 10]
-
-
-@pytest.mark.parametrize("count", [0, 15, -10, 5_010])
-def test_a_head_that_cannot_be_balanced_is_refused(synthetic_splits, count):
-    with pytest.raises(ValueError, match=str(count)):
-        synthetic_splits.val.head(count)
+    for count in (0, 15, 5_010):
+        with pytest.raises(ValueError, match=str(count)):
+            whole.head(count)
 
 
 def test_mean_and_deviation_are_those_of_every_pixel_of_the_training_images(synthetic_splits):
@@ -66,7 +63,7 @@ def test_mean_and_deviation_are_those_of_every_pixel_of_the_training_images(synt
     assert train.mean == synthetic_splits.val.mean == synthetic_splits.test.mean
 
 
-@pytest.mark.parametrize("batch_size, sizes", [(4, [4, 4, 2]), (5, [5, 5]), (1, [1] * 10), (64, [10])])
+@pytest.mark.parametrize("batch_size, sizes", [(4, [4, 4, 2]), (5, [5, 5]), (64, [10])])
 def test_without_a_seed_they_are_in_order_unchanged_and_whole(batch_size, sizes):
     split = make_split(10)
     found = list(batches(split, batch_size))
@@ -77,10 +74,7 @@ def test_without_a_seed_they_are_in_order_unchanged_and_whole(batch_size, sizes)
     torch.testing.assert_close(images, reference, rtol=0, atol=2e-6)
 
 
-COUNTS = [(103, 10, [10] * 10), (100, 10, [10] * 10), (7, 10, [7]), (10, 10, [10]), (19, 10, [10]), (3, 1, [1] * 3)]
-
-
-@pytest.mark.parametrize("count, batch_size, sizes", COUNTS)
+@pytest.mark.parametrize("count, batch_size, sizes", [(103, 10, [10] * 10), (7, 10, [7]), (3, 1, [1] * 3)])
 def test_shuffled_they_drop_a_short_last_batch_unless_it_is_the_only_one(count, batch_size, sizes):
     found = list(batches(make_split(count), batch_size, seed=0))
     assert [len(labels) for _, labels in found] == sizes
@@ -95,18 +89,20 @@ def test_the_order_depends_on_seed_and_epoch_alone():
         assert set(first) != set(other) and first[:5] != other[:5]  # other images are dropped
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_the_parts_of_a_batch_make_the_whole(count):
-    view = partial(batches, make_split(25), 10, augmentation=EVERYTHING, seed=3, epoch=1)
-    whole, parts = view(), [view(part=(number, count)) for number in range(count)]
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_parts_of_batches_and_larger_batches_hold_the_same_images(count):
+    view = partial(batches, make_split(20), augmentation=EVERYTHING, seed=3, epoch=1)
+    whole, parts = list(view(10)), [view(10, part=(number, count)) for number in range(count)]
     for (images, labels), *shares in zip(whole, *parts, strict=True):
         sizes = [len(share[1]) for share in shares]
         assert max(sizes) - min(sizes) <= 1
         assert torch.equal(torch.cat([share[1] for share in shares]), labels)
         torch.testing.assert_close(torch.cat([share[0] for share in shares]), images, rtol=0, atol=1e-5)
+    [(images, _)] = view(20)
+    torch.testing.assert_close(torch.cat([images for images, _ in whole]), images, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("augmentation", [None, Augmentation(), EVERYTHING])
+@pytest.mark.parametrize("augmentation", [None, EVERYTHING])
 def test_images_stay_with_their_labels_and_the_split_stays_as_it_was(augmentation):
     split = make_split(100)
     split.images[:] = split.labels.view(-1, 1, 1, 1) * 25  # one grey for each class
@@ -118,7 +114,7 @@ def test_images_stay_with_their_labels_and_the_split_stays_as_it_was(augmentatio
     assert torch.equal(split.images, before) and torch.equal(split.labels, make_split(100).labels)
 
 
-@pytest.mark.parametrize("crop", [1, 4, 16])
+@pytest.mark.parametrize("crop", [1, 16])
 def test_a_crop_is_a_window_of_the_mirrored_image(crop):
     augmentation, images = Augmentation(crop=crop), random_images(300)
     draws = augmentation.draw(300, seed=0, epoch=0)
@@ -169,7 +165,7 @@ def test_colours_are_those_of_torchvision(name):
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-3)  # it rounds the weights of grey
 
 
-@pytest.mark.parametrize("side", [1, 8, 5, 32])
+@pytest.mark.parametrize("side", [1, 8, 5])
 def test_cutout_fills_a_square_with_the_mean(side):
     augmentation, images = Augmentation(cutout=side), random_images(300)
     draws = augmentation.draw(300, seed=0, epoch=0)
@@ -193,19 +189,12 @@ def test_each_image_gets_its_own_draw_that_depends_on_seed_and_epoch_alone(augme
     assert torch.equal(images[7], random_images(1)[0])  # what came in is left alone
 
 
-@pytest.mark.parametrize("value", [0.2, 1.0])
 @pytest.mark.parametrize("name", [*COLOURS, "rotation"])
-def test_draws_fill_their_range_evenly(name, value):
+def test_draws_fill_their_range_evenly(name, value=0.2):
     draws = Augmentation(**{name: value}).draw(1000, seed=0, epoch=0)[name]
     draws = draws.rad2deg() if name == "rotation" else draws - 1
     assert -value <= draws.min() < -0.95 * value and 0.95 * value < draws.max() <= value
     assert abs(draws.mean()) < 0.1 * value and abs(draws.abs().mean() - value / 2) < 0.05 * value
-
-
-def test_an_image_keeps_its_draw_whatever_the_batch_size():
-    small, large = (batches(make_split(40), size, augmentation=EVERYTHING, seed=0, epoch=1) for size in (8, 20))
-    small, large = (torch.cat([images for images, _ in view]) for view in (small, large))
-    torch.testing.assert_close(small, large, rtol=0, atol=1e-5)
 
 
 def test_values_stay_between_zero_and_one():
@@ -215,16 +204,8 @@ def test_values_stay_between_zero_and_one():
     assert found.min() >= -1e-6 and found.max() <= 1 + 1e-6
 
 
-WRONG = [
-    ("crop", -1),
-    ("crop", 17),
-    ("crop", 1.5),
-    ("flip", "yes"),
-    ("rotation", -1),
-    ("rotation", 181),
-    ("cutout", 33),
-]
-WRONG += [("rotation", math.nan), ("cutout", True), *((name, value) for name in COLOURS for value in (-0.1, 1.5))]
+WRONG = [("crop", -1), ("crop", 17), ("crop", 1.5), ("flip", "yes"), ("rotation", 181), ("rotation", math.nan)]
+WRONG += [("cutout", 33), ("cutout", True), *((name, 1.5) for name in COLOURS)]
 
 
 @pytest.mark.parametrize("name, value", WRONG)
