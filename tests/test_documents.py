@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import address
@@ -22,7 +23,8 @@ from build import main
 from my_utils import load_run, percent
 
 ROOT = Path(__file__).parents[1]
-BASELINE = json.loads((ROOT / "report" / "results" / "01_baseline.json").read_text(encoding="utf-8"))
+RESULT = "report/results/01_baseline.json"
+BASELINE = json.loads((ROOT / RESULT).read_text(encoding="utf-8"))
 PUBLISHED = json.loads((ROOT / "report" / "published.json").read_text(encoding="utf-8"))
 
 
@@ -61,13 +63,24 @@ def complete():
     return {content["name"]: content for content in records}
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A copy of what is committed."""
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A copy of what is committed, with two records alone and what is made of them."""
+    root = tmp_path_factory.mktemp("small")
     for folder in ("report", "notebooks"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(ROOT / "README.md", tmp_path)
-    return tmp_path
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".*", "runs"))
+    for file in ("README.md", "my_utils.py"):
+        shutil.copy(ROOT / file, root)
+    for path in (root / "report" / "figures").iterdir():
+        path.unlink()
+    write(root, {"01_baseline": BASELINE, "02_basic": made_up("02_basic", 0.781)})
+    documents.build(root)
+    return root
+
+
+@pytest.fixture
+def project(small, tmp_path):
+    return Path(shutil.copytree(small, tmp_path / "project"))
 
 
 def write(project, records):
@@ -101,18 +114,19 @@ def test_what_ships_is_what_the_records_say():
     assert sum(path.stat().st_size for path in files) <= 40e6
 
 
-def test_two_builds_are_the_same_to_the_byte(project):
+def test_two_builds_are_the_same_to_the_byte_and_times_and_layout_do_not_matter(project):
     written = documents.build(project)
-    assert documents.check(project) == []
-    first = [path.read_bytes() for path in written]
     assert {path.name for path in written} >= {"report.pdf", "README.md", "accuracy_cost.png"}
+    first = [path.read_bytes() for path in written]
+    (project / RESULT).write_text(json.dumps(json.loads((project / RESULT).read_text())))
+    for path in filter(Path.is_file, project.rglob("*")):
+        os.utime(path, (0, 0))
+    assert documents.check(project) == []
     assert documents.build(project) == written
     assert [path.read_bytes() for path in written] == first
 
 
 # --- The check ---
-
-RESULT = "report/results/01_baseline.json"
 
 
 def change_number(project):
@@ -124,23 +138,16 @@ def add_record(project):
     (project / "report/results/03_new.json").write_text(json.dumps(made_up("03_new", 0.9)))
 
 
-def plain_figure(project):  # as a notebook writes it
-    Image.new("RGB", (20, 10)).save(project / "report/figures/01_baseline_val.png")
-
-
-def description(text):
+def draw(project, name="01_baseline_val", size=(20, 10), **metadata):
+    """Write a figure as a notebook does."""
     info = PngInfo()
-    info.add_text("Description", text)
-    return info
+    for key, value in metadata.items():
+        info.add_text(key, value)
+    Image.new("RGB", size).save(project / f"report/figures/{name}.png", pnginfo=info)
 
 
-def weights_figure(fingerprints):  # of weights, as a notebook writes it
-    def change(project):
-        info = description("Weights")
-        info.add_text("Fingerprints", fingerprints)
-        Image.new("RGB", (20, 10)).save(project / "report/figures/01_weights.png", pnginfo=info)
-
-    return change
+def weights_figure(fingerprints):
+    return partial(draw, name="01_weights", Description="Weights", Fingerprints=fingerprints)
 
 
 def edit(path, old, new):
@@ -152,25 +159,17 @@ def edit(path, old, new):
     return change
 
 
-def move(path, to=None):
-    return lambda project: shutil.copy(project / path, project / to) if to else (project / path).unlink()
-
-
-FIGURES, NOTEBOOK = "report/figures", "notebooks/03_advanced_training.ipynb"
-RECORDED = BASELINE["seeds"][0]["fingerprint"]
+NOTEBOOK, RECORDED = "notebooks/03_advanced_training.ipynb", BASELINE["seeds"][0]["fingerprint"]
 DRAWN = ["01_baseline_val.png", "01_baseline_confusion.png", "accuracy_cost.png"]
-
-
 CHANGES = [
     (change_number, [*DRAWN, "report.pdf", "README.md"]),
     (add_record, ["accuracy_cost.png", "report.pdf", "README.md"]),
-    (move(RESULT), [*DRAWN, "report.pdf", "README.md"]),
-    (plain_figure, ["01_baseline_val.png", "report.pdf"]),
+    (lambda project: (project / RESULT).unlink(), [*DRAWN, "report.pdf", "README.md"]),
+    (draw, ["01_baseline_val.png", "report.pdf"]),
     (weights_figure(RECORDED), ["report.pdf"]),
     (weights_figure(f"{RECORDED} 0123456789abcdef"), ["01_weights.png", "report.pdf"]),
     (weights_figure(""), ["01_weights.png", "report.pdf"]),
-    (move(f"{FIGURES}/01_baseline_val.png", f"{FIGURES}/02_networks.png"), ["02_networks.png", "report.pdf"]),
-    (move("report/report.pdf"), ["report.pdf"]),
+    (lambda project: (project / "report/report.pdf").unlink(), ["report.pdf"]),
     (edit("report/report.typ", "= The question", "= Question"), ["report.pdf"]),
     (edit("report/published.json", "0.29", "0.3"), ["accuracy_cost.png", "report.pdf"]),
     (edit("README.md", "| 0.084 |", "| 281,341 |"), ["README.md"]),
@@ -181,18 +180,8 @@ CHANGES = [
 
 @pytest.mark.parametrize(("change", "named"), CHANGES, ids=lambda value: "" if callable(value) else "+".join(value))
 def test_the_check_lists_what_does_not_fit(project, change, named):
-    if documents.check(project):
-        pytest.fail("what is committed does not fit, see the test above")
     change(project)
     assert [Path(line.split(":")[0]).name for line in documents.check(project)] == named
-
-
-def test_times_and_layout_of_files_do_not_matter(project):
-    path = project / RESULT
-    path.write_text(json.dumps(json.loads(path.read_text())))
-    for path in filter(Path.is_file, project.rglob("*")):
-        os.utime(path, (0, 0))
-    assert documents.check(project) == []
 
 
 # --- Records that cannot be used ---
@@ -205,19 +194,15 @@ def broken(change):
 
 
 FAULTY = [
-    (json.dumps(BASELINE)[:2000], r"not a whole JSON file"),
-    ("[]", r"\[\] is not of type 'object'"),
-    (broken(lambda r: r.pop("parameters")), r"'parameters' is a required property"),
-    (broken(lambda r: r["seeds"][0]["history"].pop("val_top1")), r"seeds\[0\].history: 'val_top1' is a required"),
-    (broken(lambda r: r.update(seeds=[])), r"seeds: \[\] "),
-    (broken(lambda r: r["seeds"][2].update(test_top1=71.4)), r"seeds\[2\].test_top1: 71.4 is greater than"),
-    (broken(lambda r: r["seeds"][0].update(test_top1=float("nan"))), r"NaN is not a number"),
-    (broken(lambda r: r["seeds"][0]["history"]["val_top1"].append(1.5)), r"seeds\[0\].history.val_top1\[10\]: 1.5"),
-    (broken(lambda r: r["seeds"][0]["history"]["val_top1"].pop()), r"seeds\[0\].history.val_top1: 9 values"),
-    (broken(lambda r: r["seeds"][1].update(seed=0)), r"seeds: a seed occurs twice in \[0, 0, 2\]"),
-    (broken(lambda r: r.update(name="other")), r"name: 'other' is not the name of the file"),
-    (broken(lambda r: r.update(data="synthetic")), r"data: 'cifar10' was expected"),
-    (broken(lambda r: r.update(run_size="quick")), r"run_size: 'full' was expected"),
+    (json.dumps(BASELINE)[:2000], ""),
+    (broken(lambda r: r.pop("parameters")), "parameters"),
+    (broken(lambda r: r["seeds"][0]["history"].pop("val_top1")), r"seeds\[0\].history.*val_top1"),
+    (broken(lambda r: r["seeds"][2].update(test_top1=71.4)), r"seeds\[2\].test_top1.*71.4"),
+    (broken(lambda r: r["seeds"][0].update(test_top1=float("nan"))), "NaN"),
+    (broken(lambda r: r["seeds"][0]["history"]["val_top1"].pop()), r"seeds\[0\].history.val_top1.*9 "),
+    (broken(lambda r: r["seeds"][1].update(seed=0)), "seeds.*0, 0, 2"),
+    (broken(lambda r: r.update(name="other")), "name.*other"),
+    (broken(lambda r: r.update(data="synthetic")), "data"),
 ]
 
 
@@ -229,11 +214,9 @@ def test_a_faulty_record_is_named_with_its_key(project, text, says, capsys):
     assert len(documents.check(project)) == 1
 
 
-def test_every_faulty_record_is_named(project):
+def test_every_faulty_record_is_named(project, capsys):
     write(project, {"01_a": made_up("01_b", 0.5), "01_c": made_up("01_c", 1.5)})
-    with pytest.raises(documents.RecordError) as error:
-        documents.read_records(project / "report" / "results")
-    assert {line.split(":")[0] for line in str(error.value).splitlines()} == {"01_a.json", "01_c.json"}
+    assert {line.split(":")[0] for line in documents.check(project)} == {"01_a.json", "01_c.json"}
 
 
 def test_a_record_must_not_contradict_what_was_published(project):
@@ -271,7 +254,7 @@ def test_the_complete_report(project):
     for name in documents.PLOTS:
         assert documents.describe(project / f"report/figures/{name}.png") == documents.PLOTS[name].alt
     for name, size in FROM_NOTEBOOKS.items():
-        Image.new("RGB", size).save(project / f"report/figures/{name}.png", pnginfo=description("Weights"))
+        draw(project, name, size, Description="Weights")
     text, pages = read(documents.compile_report(project, records))
     assert 4 <= pages <= 6
     assert "not run" not in text
@@ -299,15 +282,15 @@ def test_the_cost_figure_shows_test_time_augmentation_and_leaves_twins_out():
 
 
 def test_a_figure_without_alternative_text_is_named(project):
-    plain_figure(project)
+    draw(project)
     with pytest.raises(ValueError, match=r"01_baseline_val\.png has no alternative text"):
         documents.compile_report(project, {"01_baseline": BASELINE})
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_any_subset_of_the_records_makes_a_report(project, seed):
+@pytest.mark.parametrize("few", [True, False])
+def test_any_subset_of_the_records_makes_a_report(project, few):
     names = sorted(everything := complete())
-    kept = names[seed::6] if seed % 2 else [name for name in names if names.index(name) % 6 != seed]
+    kept = names[3::6] if few else [name for name in names if names.index(name) % 6 != 2]
     records = write(project, {name: everything[name] for name in kept} | {"05_other": made_up("05_other", 0.5123)})
     documents.build_figures(project, records)
     text, pages = read(documents.compile_report(project, records))
@@ -349,48 +332,30 @@ def test_the_address_is_set_everywhere_and_can_be_set_again(project):
         text = path.read_text(encoding="utf-8")
         assert text.count(link) == 1 and f'REPOSITORY = \\"{ADDRESS}\\"' in text
     assert not [path for path in written if "another/fork" in path.read_text(encoding="utf-8")]
-    documents.set_address(project, "")
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_the_pages_have_the_badges(project):
-    documents.set_address(project, ADDRESS)
     for page in build_site(project, stored=True):
         assert page.name == "index.html" or f"Open {page.stem} in Colab" in page.read_text(encoding="utf-8")
+    documents.set_address(project, "")
+    assert {path: path.read_bytes() for path in before} == before
+    assert "colab-badge" not in (project / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("origin", [f"{ADDRESS}.git", f"{ADDRESS}/", "git@github.com:someone/experts.git"])
-def test_the_default_address_is_that_of_origin(tmp_path, origin):
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    with pytest.raises(ValueError, match="'nothing' is no repository on GitHub"):
-        address.github_address(tmp_path)
-    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", origin], check=True)
-    assert address.github_address(tmp_path) == ADDRESS
+def test_an_address_is_that_of_origin_or_one_on_github(tmp_path):
+    git = ["git", "-C", tmp_path]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    for text in ("", "https://gitlab.com/a/b", "https://github.com/a", "a/b", 'https://github.com/a/b"'):
+        with pytest.raises(ValueError, match=text or "nothing"):
+            address.github_address(tmp_path, text)
+    subprocess.run([*git, "remote", "add", "origin", f"{ADDRESS}.git"], check=True)
+    for text in ("", f"{ADDRESS}/", "git@github.com:someone/experts.git"):
+        assert address.github_address(tmp_path, text) == ADDRESS
 
 
-@pytest.mark.parametrize("text", ["https://gitlab.com/a/b", "https://github.com/a", "a/b", 'https://github.com/a/b"'])
-def test_an_address_elsewhere_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match="is no repository on GitHub: name one as"):
-        address.github_address(tmp_path, text)
-
-
-def test_one_command_sets_the_address_of_a_clone(tmp_path):
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    subprocess.run(["git", "-C", clone, "remote", "set-url", "origin", f"{ADDRESS}.git"], check=True)
-    result = subprocess.run([sys.executable, clone / "report/build.py", "--address"], capture_output=True, text=True)
+def test_one_command_sets_the_address_of_a_clone(project):
+    git = ["git", "-C", project, "-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    subprocess.run([*git, "remote", "add", "origin", f"{ADDRESS}.git"], check=True)
+    result = subprocess.run([sys.executable, project / "report/build.py", "--address"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    changed = subprocess.run(["git", "-C", clone, "diff", "--stat"], capture_output=True, text=True).stdout
-    assert "4 files changed" in changed  # README and notebooks
-    assert documents.check(clone) == []
-
-
-def test_without_an_address_there_is_no_badge(project):
-    text = documents.fill_readme(project, {})
-    assert "colab-badge" not in text and "File > Upload notebook" in text
-
-
-def test_readme_without_markers_is_an_error(project):
-    edit("README.md", "<!-- end of results -->", "")(project)
-    with pytest.raises(ValueError, match="end of results"):
-        documents.fill_readme(project, {})
+    changed = subprocess.run([*git, "diff", "--stat"], capture_output=True, text=True).stdout
+    assert "4 files changed" in changed and documents.check(project) == []  # README and notebooks
