@@ -1,6 +1,5 @@
 """Runs that differ get different fingerprints, runs that are the same keep theirs, and bad networks are refused."""
 
-import argparse
 import enum
 import logging
 import os
@@ -81,7 +80,6 @@ act = F.relu
 
 
 Kind = enum.Enum("Kind", ["SMOOTH", "SHARP"])
-POSITIVE, SMOOTH = (lambda self, x: F.relu(x)), (lambda self, x: F.silu(x))
 
 
 @dataclass
@@ -148,9 +146,6 @@ DIFFERENT = {
     "alias": two(lambda f: lambda: globals().update(act=f) or net(lambda m, x: act(x))(), F.relu, F.silu),
     "namespace": configured(lambda s: SimpleNamespace(scale=s)),
     "dataclass": configured(Config),
-    "dict": configured(lambda s: {"block": {"scale": s}}, lambda c: c["block"]["scale"]),
-    "argparse": configured(lambda s: argparse.Namespace(scale=s)),
-    "class attribute": configured(lambda s: type("Options", (), {"scale": s})),
     "enum": configured(lambda s: Kind.SHARP if s > 0.5 else Kind.SMOOTH, lambda c: 1 + (c is Kind.SHARP)),
     "array": configured(lambda s: np.full((8, 1, 1), s, dtype=np.float32), torch.from_numpy),
     "tensor": configured(torch.tensor, lambda c: c),
@@ -163,29 +158,18 @@ DIFFERENT = {
     "forward pre-hook": but(lambda m: m.last.register_forward_pre_hook(lambda _, x: (x[0] * 2,))),
     "backward hook": but(lambda m: m.last.register_full_backward_pre_hook(lambda _, g: (g[0] * 2,))),
     "gradient hook": but(lambda m: m.first.weight.register_hook(lambda g: g * 0.1)),
-    "hook after the gradient": but(
-        lambda m: m.first.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad / 2))
-    ),
     "weight_norm": but(lambda m: parametrizations.weight_norm(m.first)),
-    "orthogonal": but(lambda m: parametrizations.orthogonal(m.last)),
-    "decorator": two(lambda k: net((lambda function: lambda m, x: k * function(m, x))(POSITIVE)), 1, 2),
-    "base class": two(lambda middle: net(middle)().__class__, POSITIVE, SMOOTH),
     "function of the user": two(lambda low: lambda: Net(lambda x: x.clamp(min=low)), 0, 0.1),
     "partial": two(lambda kind: partial(Net, partial(F.gelu, approximate=kind)), "none", "tanh"),
     "builder object": two(Scaled, 1, 2),
-    "default of a lambda": two(lambda s: lambda: Net(lambda x, scale=s: F.relu(x) * scale), 1, 2),
-    "monkeypatched": but(lambda m: setattr(m, "forward", lambda x, old=m.forward: 2 * old(x))),
     "frozen": but(lambda m: m.last.bias.requires_grad_(False)),
     "dropout": two(lambda p: lambda: Net(nn.Dropout(p)), 0.1, 0.11),
     "stochastic depth": two(lambda p: net(lambda m, x: x * (torch.rand(len(x), 1, 1, 1) >= p * m.training)), 0.2, 0.6),
     "momentum": two(lambda v: norm(momentum=v), 0.1, 0.11),
     "eps": two(lambda v: norm(eps=v), 1e-5, 1e-4),
-    "affine": two(lambda v: norm(affine=v), True, False),
     "running statistics": two(lambda v: norm(track_running_stats=v), True, False),
     "padding": two(lambda v: conv(padding=v), 0, 1),
-    "padding mode": two(lambda v: conv(padding=1, padding_mode=v), "zeros", "reflect"),
     "stride": two(lambda v: conv(stride=v), 1, 2),
-    "dilation": two(lambda v: conv(dilation=v), 1, 2),
     "bias": two(lambda v: conv(bias=v), True, False),
     "groups": two(lambda v: first(partial(nn.Conv2d, 8, 8, 3, groups=v)), 1, 2),
     "scale of the first weights": two(lambda std: initialised(nn.init.normal_, 0, std), 0.1, 0.11),
@@ -214,23 +198,11 @@ def test_networks_that_differ_are_told_apart(name):
     assert identity(one) == identity(one) != identity(other)
 
 
-RECIPES = [
-    {},
-    {"epochs": 3},
-    {"batch_size": 64},
-    {"optimizer": "adamw"},
-    {"learning_rate": 0.02},
-    {"optimizer_args": {"momentum": 0.9}},
-    {"overrides": {"*.bias": {"weight_decay": 0.1}}},
-    {"overrides": {"last.bias": {"weight_decay": 0.1}}},
-    {"schedule": "cosine"},
-    {"schedule": "step", "schedule_args": {"epochs": 1, "gamma": 0.1}},
-    {"schedule": "step", "schedule_args": {"epochs": 1, "gamma": 0.2}},
-    {"label_smoothing": 0.1},
-    {"augmentation": utils.Augmentation(crop=2)},
-    {"weight_averaging": 0.99},
-    {"precision": "float32"},
-]
+RECIPES = [{}, {"epochs": 3}, {"batch_size": 64}, {"optimizer": "adamw"}, {"learning_rate": 0.02}]
+RECIPES += [{"optimizer_args": {"momentum": 0.9}}, {"label_smoothing": 0.1}, {"precision": "float32"}]
+RECIPES += [{"overrides": {name: {"weight_decay": 0.1}}} for name in ("*.bias", "last.bias")]
+RECIPES += [{"schedule": "step", "schedule_args": {"epochs": 1, "gamma": gamma}} for gamma in (0.1, 0.2)]
+RECIPES += [{"schedule": "cosine"}, {"augmentation": utils.Augmentation(crop=2)}, {"weight_averaging": 0.99}]
 OTHERS = [{"data": "another"}, {"watch": True}, {"probe": len}, {"probe": partial(len)}]
 
 
@@ -278,15 +250,10 @@ def log(self, x):
     return F.relu(x)
 
 
-def noise(seed):
+def noise(model):
     """Change each weight by one part in 10 million, as another processor does."""
-
-    def change(model):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.data *= 1 + 1e-7 * torch.randn(parameter.shape, generator=generator)
-
-    return but(change, norm())
+    for parameter in model.parameters():
+        parameter.data *= 1 + 1e-7 * torch.randn(parameter.shape)
 
 
 SAME = {
@@ -296,7 +263,7 @@ SAME = {
     "in place": (Net, lambda: Net(F.relu_)),
     **{name: (partial(Mixed, MIX["outputs"]), partial(Mixed, mix)) for name, mix in MIX.items()},
     "fewer operations": (lambda: Net(lambda x: x * 2 / 4), lambda: Net(lambda x: x / 2)),
-    "partial or subclass": (partial(Net, F.silu), net(SMOOTH)),
+    "partial or subclass": (partial(Net, F.silu), net(lambda self, x: F.silu(x))),
     "channels_last": but(lambda m: m.to(memory_format=torch.channels_last)),
     "evaluation mode": but(lambda m: m.eval(), norm()),
     "compiled": (Net, lambda: torch.compile(Net(), backend=lambda *_: 1 / 0)),
@@ -306,14 +273,14 @@ SAME = {
     "lock": but(lambda m: setattr(m, "lock", threading.Lock())),
     "no source": (Net, eval("lambda: Net(lambda x: F.relu(x))")),
     "renamed attribute": (schedule(lambda m, s: s / m.a, a=500), schedule(lambda m, s: s / m.warm_up, warm_up=500)),
-    **{f"noise {seed}": noise(seed) for seed in range(10)},
+    "noise": but(noise, norm()),
 }
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_networks_that_are_the_same_keep_their_fingerprint(name):
     one, other = SAME[name]
-    assert identity(one) == identity(other)
+    assert {identity(one)} == {identity(other) for _ in range(10 if name == "noise" else 1)}
 
 
 def test_overrides_count_as_what_they_do():
@@ -323,27 +290,16 @@ def test_overrides_count_as_what_they_do():
     assert all_of_them == identity(Net, replace(RECIPE, optimizer_args=decay))
 
 
-DRAWS = (random.random, np.random.rand, lambda: float(torch.rand(())))
-
-
-def reseed(number):
-    torch.manual_seed(number)
-    np.random.seed(number)
-    random.seed(number)
-
-
 def test_the_caller_notices_nothing():
     """The number of threads does not count, and the caller's settings and random numbers stay."""
     found, threads = set(), torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
-        reseed(5)
-        expected = [draw() for draw in DRAWS]
-        reseed(5)
+        before = str((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
         with torch.no_grad():
             found.add(identity(lambda: Net(nn.Dropout(0.5))))
             assert not torch.is_grad_enabled()
-        assert [draw() for draw in DRAWS] == expected
+        assert str((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate())) == before
         assert (torch.get_num_threads(), torch.get_default_dtype()) == (count, torch.float32)
     torch.set_num_threads(threads)
     assert len(found) == 1
@@ -373,73 +329,3 @@ GOLDEN = {
 @pytest.mark.parametrize("build", GOLDEN)
 def test_every_machine_and_version_finds_the_same(build):
     assert identity(build) == GOLDEN[build]
-
-
-def shared():
-    act, one, other = nn.PReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
-    other.weight = one.weight
-    return first(lambda: act, lambda: one, lambda: act, lambda: other)()
-
-
-def weighted(middle, weight):
-    return but(lambda m: setattr(m, "weight", nn.Parameter(weight.clone())), net(middle))[1]
-
-
-UNUSUAL = {
-    "shared layers": shared,
-    "complex": weighted(lambda m, x: torch.fft.ifft2(torch.fft.fft2(x) * m.weight).real, torch.ones(8, 1, 1) * 1j),
-    "root of a weight": weighted(lambda self, x: x * self.weight.sqrt(), torch.ones(())),
-    "lazy": lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)),
-    "weight_norm as it was": but(lambda m: nn.utils.weight_norm(m.first))[1],
-    "constant in float32": lambda: Net(lambda x: F.conv2d(x, torch.ones((8, 1, 3, 3), dtype=torch.float32), groups=8)),
-    "autocast": net(lambda self, x: torch.autocast("cpu")(self.act)(x)),
-    "BatchNorm1d": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.BatchNorm1d(10)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_networks_work(name):
-    build = UNUSUAL[name]
-    assert identity(build) == identity(build) != identity(lambda: nn.Sequential(build(), nn.Softplus()))
-
-
-def counting(factor, steps=0):
-    """Return a builder of networks that count their steps where no checkpoint sees it."""
-
-    def middle(self, x):
-        self.steps = self.steps + self.training
-        return F.relu(x) * factor(float(self.steps))
-
-    return net(middle, steps=steps)
-
-
-def centre(self, x):
-    if self.training:
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)
-    return x - self.mean
-
-
-MODEL = Net()
-UNSEEDED = np.random.default_rng()
-REFUSED = {
-    "counter": (counting(lambda s: 1 / (1 + s)), "register_buffer"),
-    "counter in a tensor": (counting(lambda s: 1 / (1 + s), torch.zeros(())), "register_buffer"),
-    "mean outside of the buffers": (net(centre, mean=torch.zeros(1, 8, 1, 1)), "register_buffer"),
-    "list": (lambda: net(lambda m, x: m.seen.append(1) or x * len(m.seen), seen=[])(), "register_buffer"),
-    "unseeded random numbers": (noisy(UNSEEDED.random), "register_buffer"),
-    "unseeded first weights": (initialised(lambda weight: weight.data.fill_(UNSEEDED.random())), "other weights"),
-    "one network again and again": (lambda: MODEL, "the same tensors"),
-    "a network around an old one": (lambda: nn.Sequential(MODEL), "the same tensors"),
-    "twelve logits": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)), r"\[2, 10\]"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_networks_that_cannot_be_resumed_or_tried_are_refused(name):
-    """And the user's own network keeps its weights."""
-    build, reason = REFUSED[name]
-    before = MODEL.first.weight.clone()
-    with pytest.raises(ValueError, match=reason):
-        identity(build)
-    assert torch.equal(MODEL.first.weight, before)

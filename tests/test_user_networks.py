@@ -6,6 +6,7 @@ import shutil
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny import Tiny, assert_same, each_forward, recipe
@@ -86,16 +87,24 @@ def spare():
     return net(Around(lambda layer, x: layer(x) * layer.scale, layer))
 
 
-class Counting(nn.Module):
-    """Counts its steps, in a buffer or beside what is stored, and computes something else after each."""
+class Changing(nn.Module):
+    """Keeps a state, which each step changes, in a buffer or beside what is stored, and computes with it."""
 
-    def __init__(self, steps):
+    def __init__(self, state, change=lambda state, x: state + 1):
         super().__init__()
-        self.steps = steps
+        self.state, self.change = state, change
 
     def forward(self, x):
-        self.steps += self.training
-        return x * (1 + 0.1 * self.steps)
+        if self.training:
+            self.state = self.change(self.state, x.detach())
+        return x * (1 + 0.1 * self.state)
+
+
+def weighted(function, weight):
+    """Return a network with a weight, which a function applies."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight)
+    return net(Around(lambda layer, x: function(x, layer.weight), layer))
 
 
 WITHOUT_SOURCE = {}
@@ -103,13 +112,18 @@ exec("from torch import nn\nclass Net(nn.Linear):\n  def forward(self, x): retur
 BUILDERS = one_prelu_at_two_places, tied_weights, views_of_one_tensor, a_block_used_twice, partly_frozen, spare
 GOOD = {build.__name__: build for build in (*BUILDERS, masked, spectral, double)}
 GOOD |= {
-    "a buffer of whole numbers": lambda: net(Counting(nn.Buffer(torch.tensor(0)))),
+    "a buffer of whole numbers": lambda: net(Changing(nn.Buffer(torch.tensor(0)))),
     "partial": partial(net, nn.ReLU(inplace=True)),
     "no source": lambda: net(WITHOUT_SOURCE["Net"](4, 4)),
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(3, 3, 8), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)),
     "compiled": lambda: torch.compile(a_block_used_twice(), backend="eager"),
     "a part compiled": lambda: net(torch.compile(nn.Linear(4, 4), backend="eager")),
     "parametrized": lambda: net(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))),
+    "root of a weight": lambda: weighted(lambda x, weight: x * weight.sqrt(), torch.ones(4)),
+    "constant in float32": lambda: weighted(lambda x, w: x * w + torch.ones(4, dtype=torch.float32), torch.ones(4)),
+    "autocast": lambda: net(
+        Around(lambda layer, x: torch.autocast("cpu", torch.bfloat16)(layer)(x).float(), nn.Linear(4, 4))
+    ),
 }
 
 
@@ -134,7 +148,7 @@ def test_a_model_compiled_with_the_defaults_trains(splits):
     assert compiled.history.step_loss == pytest.approx(plain.history.step_loss, rel=1e-3)
 
 
-ONCE = net()
+ONCE, UNSEEDED = net(), np.random.default_rng()
 BAD = {
     "a model": (net(), "without"),
     "what was trained": (lambda: ONCE, "same"),
@@ -147,7 +161,12 @@ BAD = {
     "images": (lambda: nn.Conv2d(3, 3, 1), "32.*10"),
     "a tuple": (lambda: Around(lambda net, x: (net(x), 0), net()), "tuple.*10"),
     "a dict": (lambda: Around(lambda net, x: {"logits": net(x)}, net()), "dict.*10"),
-    "a state that is not stored": (lambda: net(Counting(0)), "register_buffer"),
+    "twice in one place": (lambda: nn.Sequential(ONCE), "same"),
+    "a counter that is not stored": (lambda: net(Changing(0)), "register_buffer"),
+    "nor in a tensor": (lambda: net(Changing(torch.zeros(()))), "register_buffer"),
+    "a mean that is not stored": (lambda: net(Changing(torch.zeros(()), lambda m, x: m + x.mean())), "register_buffer"),
+    "unseeded random numbers": (lambda: net(Changing(0, lambda *_: UNSEEDED.random())), "register_buffer"),
+    "unseeded weights": (lambda: weighted(torch.mul, torch.tensor(UNSEEDED.random())), "other weights"),
 }
 
 
