@@ -1,7 +1,6 @@
 """The notebooks as files, their first cell as Colab runs it, and the models of notebook 01."""
 
 import ast
-import contextlib
 import functools
 import itertools
 import json
@@ -64,18 +63,18 @@ def test_format(path):
         warnings.simplefilter("error")  # nbformat repairs a missing cell id, with a warning
         nbformat.validate(json.loads(path.read_text(encoding="utf-8")))
     assert path.stat().st_size < 3_000_000
-
-
-def test_metadata(path):
     metadata = read(path).metadata
-    assert metadata.kernelspec.name == "python3"
-    assert (metadata.accelerator, metadata.colab.gpuType) == ("GPU", "T4")
+    assert (metadata.kernelspec.name, metadata.accelerator, metadata.colab.gpuType) == ("python3", "GPU", "T4")
 
 
 def test_executed_in_one_go(path):
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert [output for output in outputs(path) if output.output_type == "error"] == []
+    for cell in cells:
+        # The tag nbval-ignore-output is the only marker: others would leave cells out, or hide code behind a comment.
+        assert "NBVAL" not in cell.source
+        assert not [tag for tag in cell.metadata.get("tags", []) if "nbval" in tag and tag != "nbval-ignore-output"]
 
 
 # A folder on somebody's machine, as in /home/me/, C:\Users or file:///, but not https://example.org/home/.
@@ -99,12 +98,6 @@ def test_no_path_of_a_machine(path):
     setup = setup_source(path)  # which looks for /notebooks/ in an address
     lines = [line for text in strings(read(path)) if text != setup for line in text.splitlines()]
     assert [line for line in lines if MACHINE_PATH.search(line)] == []
-
-
-def test_only_paths_of_a_machine_are_recognised():
-    paths = ["/home/me/x.py", "in '/root/x'", "(/Users/me/x)", "/tmp/x", r"C:\x", "file:///x"]
-    others = ["https://example.org/home/x", "../data/x", "</td></tr>", "2 / 3 / 4", "{root}/a/b"]
-    assert [text for text in paths + others if MACHINE_PATH.search(text)] == paths
 
 
 def test_rhythm(path):
@@ -133,28 +126,10 @@ def test_pictures_have_alternative_texts(path):
     assert all(alt.strip() for alt in alts), alts
 
 
-def test_setup_cell(path):
-    assert setup_source(path) == code_cells(path)[0].source == setup_source(BASELINE)
-
-
-def test_code_is_plain_python(path):
-    for cell in code_cells(path):
-        ast.parse(cell.source)  # refuses %magics, !commands and help?
-
-
-def test_exported_script_is_the_notebook(path):
+def test_the_exported_script_is_the_notebook_and_plain_python(path):
     script, _ = ScriptExporter().from_filename(path)
-    compile(script, path.stem, "exec")
-    assert "get_ipython" not in script
     source = "\n".join(cell.source for cell in code_cells(path))
-    assert ast.dump(ast.parse(script)) == ast.dump(ast.parse(source))
-
-
-def test_nbval_markers(path):
-    for cell in code_cells(path):
-        # The tag nbval-ignore-output is the only marker: others would leave cells out, or hide code behind a comment.
-        assert "NBVAL" not in cell.source
-        assert not [tag for tag in cell.metadata.get("tags", []) if "nbval" in tag and tag != "nbval-ignore-output"]
+    assert "get_ipython" not in script and ast.dump(ast.parse(script)) == ast.dump(ast.parse(source))
 
 
 RESULT = re.compile(r"(\d+\.\d+) ?(?:%|PFLOP)")
@@ -217,19 +192,13 @@ def count(module) -> int:
 
 def test_parameter_counts(models):
     # gate: one weight per channel and one bias, for each convolution: L (C + 1)
-    assert count(models.BasicGate(channels=5, num_convs=4)) == 4 * (5 + 1)
+    assert count(gate := models.BasicGate(channels=5, num_convs=4)) == 4 * (5 + 1)
+    assert (gate.linear.weight == 0).all() and (gate.linear.bias == 1).all()  # it starts as a plain sum
     # block: L convolutions of C' (9 C + 1) each, and the gate
     assert count(models.IntermediateBlock(in_channels=5, out_channels=7, num_convs=4)) == 4 * 7 * (9 * 5 + 1) + 24
     # network: blocks 3 -> 32 -> 64 -> 128 of 3 convolutions, and a layer from 128 channels to 10 classes
     blocks = [3 * 32 * 28 + 3 * 4, 3 * 64 * 289 + 3 * 33, 3 * 128 * 577 + 3 * 65]
     assert count(models.BasicNet()) == sum(blocks) + 10 * 129 == 281_340
-
-
-def test_gate_starts_as_a_plain_sum(models):
-    gate = models.BasicGate(channels=5, num_convs=4)
-    assert gate.linear.weight.shape == (4, 5)
-    assert (gate.linear.weight == 0).all()
-    assert (gate.linear.bias == 1).all()
 
 
 def test_block_is_the_formula(models):
@@ -259,7 +228,6 @@ def test_block_is_the_formula(models):
 
 
 def test_network(models):
-    torch.manual_seed(0)
     network = models.BasicNet()
     logits = network(torch.randn(6, 3, 32, 32))
     assert logits.shape == (6, 10)
@@ -310,27 +278,15 @@ def test_a_picture_stored_lying_on_its_side_is_turned_upright(pictures, tmp_path
     assert image[0, :, 16, 28].tolist() == [255, 0, 0] and image[0, :, 16, 3].tolist() == [0, 0, 255]
 
 
-def test_one_picture_needs_no_list(pictures, tmp_path):
-    Image.new("RGB", (40, 50), "red").save(tmp_path / "cat.png")
-    [image] = pictures(str(tmp_path / "cat.png"))
-    assert image[0, :, 16, 16].tolist() == [255, 0, 0]
-
-
-GREYS = [(128, "uint8", 128), (32896, "uint16", 128), (65535, "uint16", 255)]
+GREYS = [(128, "uint8", [128]), (65535, "uint16", [255]), (70000, "int32", None), (0.5, "float32", None)]
 
 
 @pytest.mark.parametrize(("value", "dtype", "grey"), GREYS)
-def test_grey_levels_are_scaled(pictures, tmp_path, value, dtype, grey):
-    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "grey.png")
-    [image] = pictures(str(tmp_path / "grey.png"))
-    assert image.unique().tolist() == [grey]
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(70000, "int32"), (-1, "int32"), (0.5, "float32")])
-def test_more_than_16_bits_are_refused(pictures, tmp_path, capsys, value, dtype):
-    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "deep.tif")
-    assert pictures(str(tmp_path / "deep.tif")) == []
-    assert "deep.tif cannot be read as a picture: it has more than 16 bits a pixel" in capsys.readouterr().out
+def test_grey_levels_are_scaled_and_more_than_16_bits_refused(pictures, tmp_path, capsys, value, dtype, grey):
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "grey.tif")
+    images = pictures(str(tmp_path / "grey.tif"))
+    assert [image.unique().tolist() for image in images] == [grey] * (grey is not None)
+    assert ("grey.tif" in capsys.readouterr().out) == (grey is None)
 
 
 # The set-up cell, on Colab and elsewhere
@@ -340,9 +296,11 @@ AFTER = "\nprint('FOUND', pathlib.Path(utils.__file__).resolve())\n"
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Colab is a Linux machine")
 
 
-def test_setup_cell_is_short():
-    assert len(setup_source(BASELINE).splitlines()) <= 17
-    assert max(map(len, setup_source(BASELINE).splitlines())) <= 88
+def test_setup_cell_is_short_and_everywhere_the_same():
+    lines = setup_source(BASELINE).splitlines()
+    assert len(lines) <= 17 and max(map(len, lines)) <= 88
+    for path in PATHS:
+        assert setup_source(path) == code_cells(path)[0].source == setup_source(BASELINE)
 
 
 @pytest.fixture
@@ -393,23 +351,22 @@ def test_colab_fetches_the_series_from_where_the_notebook_was_opened(run, tmp_pa
     assert result.stderr == "" and result.stdout.endswith(f": {'done':79}\n" + found(tmp_path / "content"))
 
 
-ANSWERS = {"empty": ("", 200, 0), "missing": ("not found", 404, 0), "nobody": (None, 0, 0)}
-ANSWERS |= {"page": ("<html>//github.com/a/b/notebooks</html>", 200, 0), "Drive": ('[{"path": "fileId=1AbC"}]', 200, 0)}
-ANSWERS |= {"late": (colab_machine.session("01_baseline"), 200, 8)}
+ANSWERS = {"missing": ("not found", 404, 0), "page": ("<html>//github.com/a/b/notebooks</html>", 200, 0)}
+ANSWERS |= {"Drive": ('[{"path": "fileId=1AbC"}]', 200, 0), "late": (colab_machine.session("01_baseline"), 200, 8)}
 
 
 @on_linux
 @pytest.mark.parametrize(("answer", "status", "wait"), ANSWERS.values(), ids=ANSWERS)
 def test_every_other_answer_leads_on_to_the_constant(run, tmp_path, answer, status, wait):
     start = time.monotonic()
-    with colab_machine.listing(answer, status, wait) if answer is not None else contextlib.nullcontext():
+    with colab_machine.listing(answer, status, wait):
         result = run(tmp_path / "content", repository=colab_machine.REPOSITORY)
         assert time.monotonic() - start < 8
     assert result.stderr == "" and result.stdout.endswith(f": {'done':79}\n" + found(tmp_path / "content"))
 
 
 @on_linux
-@pytest.mark.parametrize("name", ["my_utils.py", "my_utils (1).py", "Copy of my_utils.txt"])
+@pytest.mark.parametrize("name", ["my_utils (1).py", "Copy of my_utils.txt"])
 def test_an_upload_is_taken_by_its_content(run, tmp_path, name):
     here = tmp_path / "content"
     uploads = {"a.ipynb": '{"source": "def fit(): pass"}', name: STAND_IN, "z.py": "print()"}
@@ -420,22 +377,19 @@ def test_an_upload_is_taken_by_its_content(run, tmp_path, name):
     assert (here / "a.ipynb").read_text() == uploads["a.ipynb"]
 
 
+# Kaggle's kernels can import google.colab, too.
+MISSES = {"cancelled": (True, None), "wrong file": (True, {"a.ipynb": "{}"}), "elsewhere": (False, {"a.py": STAND_IN})}
+
+
 @on_linux
-@pytest.mark.parametrize("uploads", [None, {"a.ipynb": "{}"}], ids=["cancelled", "wrong"])
-def test_an_upload_without_the_file_is_said(run, tmp_path, uploads):
-    result = run(tmp_path / "content", uploads=uploads)
-    assert result.stderr.endswith("AssertionError: Choose my_utils.py, or put it here\n")
+@pytest.mark.parametrize(("colab", "uploads"), MISSES.values(), ids=MISSES)
+def test_without_the_file_one_sentence_says_what_to_do(run, tmp_path, colab, uploads):
+    result = run(tmp_path / "content", colab, "" if colab else colab_machine.REPOSITORY, uploads)
+    assert result.stderr.splitlines()[-1].startswith("AssertionError: Choose my_utils.py")
+    assert colab or result.stdout == ""  # nobody was asked
 
 
-def test_elsewhere_the_file_is_missed_and_nobody_asked(run, tmp_path):
-    # Kaggle's kernels can import google.colab, too.
-    result = run(tmp_path / "content", colab=False, repository=colab_machine.REPOSITORY, uploads={"a.py": STAND_IN})
-    assert result.stderr.endswith("AssertionError: Choose my_utils.py, or put it here\n")
-    assert result.stdout == ""
-
-
-@pytest.mark.parametrize("colab", [False, pytest.param(True, marks=on_linux)])
-@pytest.mark.parametrize("below", [".", "notebooks", "notebooks/deeper"])
+@pytest.mark.parametrize(("below", "colab"), [(".", False), ("notebooks/deeper", False), ("notebooks", True)])
 def test_file_beside_or_above_is_found(run, tmp_path, colab, below):
     project = tmp_path / "project"
     project.mkdir()
