@@ -12,7 +12,7 @@ from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 
 import my_utils
-from my_utils import History, evaluate, percent, results_table
+from my_utils import History, evaluate, results_table
 
 fit = partial(my_utils.fit, run="test/tiny", plot=False)
 record = partial(my_utils.record, notebook="01")
@@ -64,7 +64,7 @@ def test_merged_training_has_no_validation_accuracy(splits):
     assert results_table([content])["val top-1 %"].tolist() == ["-"]
 
 
-@pytest.mark.parametrize("steps", [1, 499, 500, 501, 700, 1234, 5000])
+@pytest.mark.parametrize("steps", [1, 500, 501, 1234])
 def test_a_long_history_is_thinned_to_the_same_mean(splits, steps):
     losses = [0.3 + 2 * math.exp(-3 * step / steps) for step in range(steps)]
     history = History(step_loss=losses, step_learning_rate=[0.1] * steps, val_top1=[0.5], seconds=[1.0])
@@ -87,7 +87,7 @@ def test_only_the_runs_of_one_variant_make_a_record(root, splits):
     assert len(record([first], splits)["seeds"]) == 1  # the seeds of this call, and no others
 
 
-OTHERS = [{"flag": "0"}, {"flag": ""}, {"size": "quick"}, {"size": "smoke"}, {"source": "synthetic"}]
+OTHERS = [{"flag": "0"}, {"size": "quick"}, {"source": "synthetic"}]
 
 
 @pytest.mark.parametrize("change", [{}, *OTHERS])
@@ -118,14 +118,6 @@ def test_a_project_in_a_read_only_folder_writes_beside_the_runs(splits, root, mo
     monkeypatch.delenv("RUNS_DIR")
     with pytest.raises(OSError, match="RUNS_DIR"):
         record([run], splits)
-
-
-def test_home_is_understood(splits, root, monkeypatch):
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(root))
-    monkeypatch.setenv("RUNS_DIR", "~/x")
-    record([fit(Tiny, splits, recipe(epochs=1))], splits)
-    assert {path.name for path in root.iterdir()} == {"x", "build"} and list(root.glob("x/**/*.safetensors"))
 
 
 # --- A record stands in for training ---
@@ -179,7 +171,7 @@ def test_a_recorded_run_without_weights_says_how_to_train(real, committed, monke
 
 
 REPLAYED = [{}, {"train": "0"}, {"size": "full"}]
-TRAINED = [{"train": "1"}, {"train": "full"}, {"train": "quick"}, {"size": "smoke"}, {"size": "quick"}, {"epochs": 3}]
+TRAINED = [{"train": "1"}, {"train": "quick"}, {"size": "smoke"}, {"epochs": 3}]
 
 
 @pytest.mark.parametrize("change", [*REPLAYED, *TRAINED])
@@ -215,11 +207,6 @@ def test_a_cell_says_once_that_its_runs_were_found(real, committed, monkeypatch,
         assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_per_cent():
-    assert [percent([0.87654]), percent([None]), percent([0.9, None])] == ["87.65", "-", "-"]
-    assert percent([0.90, 0.91, 0.95]) == "92.00 ± 2.65"  # sqrt((4 + 1 + 9) / 2)
-
-
 def made_up(name, data="cifar10", published=None, **columns):
     seeds = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     content = {"name": name, "data": data, "epochs": 10, "parameters": 1_234_567, "train_flops": 2.5e15}
@@ -229,10 +216,8 @@ def made_up(name, data="cifar10", published=None, **columns):
 def test_results_table():
     one = made_up("one", val_top1=[0.80], test_top1=[0.79], published=0.9436)
     two = made_up("two", val_top1=[0.9, 0.92], test_top1=[0.88, 0.90])
-    table, columns = (
-        results_table([two, one]),
-        "val top-1 %,test top-1 %,published %,epochs,seeds,parameters,train PFLOP",
-    )
+    table = results_table([two, one])
+    columns = "val top-1 %,test top-1 %,published %,epochs,seeds,parameters,train PFLOP"
     assert table.index.name == "name" and ",".join(table) == columns
     assert table.T.to_dict("list") == {
         "two": ["91.00 ± 1.41", "89.00 ± 1.41", "-", 10, 2, "1,234,567", "2.500"],

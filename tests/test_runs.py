@@ -1,6 +1,5 @@
 """The run store: one file per run, found again, gone on with to the same bits, and never trusted when it is damaged."""
 
-import ast
 import concurrent.futures
 import contextlib
 import errno
@@ -92,19 +91,13 @@ def changed(splits, part, **values):
     return {"splits": replace(splits, **{part: replace(getattr(splits, part), **values)})}
 
 
-PIXEL = torch.zeros(200, 3, 32, 32, dtype=torch.uint8)
-PIXEL[-1, -1, -1, -1] = 1
 CHANGES = {
     "recipe": lambda splits: {"recipe": recipe(epochs=3, learning_rate=0.051)},
-    "augmentation": lambda splits: {"recipe": recipe(epochs=3, augmentation=my_utils.Augmentation(crop=1))},
     "seed": lambda splits: {"seed": 2},
     "name": lambda splits: {"run": "test/other"},
     "watch": lambda splits: {"watch": True},
     "probe": lambda splits: {"probe": lambda model: {"norm": model.head.weight.norm()}},
-    "pixel": lambda splits: changed(splits, "train", images=splits.train.images ^ PIXEL),
     "label": lambda splits: changed(splits, "val", labels=splits.val.labels.roll(1)),
-    "test": lambda splits: changed(splits, "test", labels=splits.test.labels.roll(1)),
-    "normalization": lambda splits: changed(splits, "train", std=(0.2, 0.2, 0.2)),
     "merged": lambda splits: {"splits": replace(splits, val=None)},
 }
 
@@ -159,12 +152,9 @@ STEP = {"schedule": "step", "schedule_args": {"epochs": 1, "gamma": 0.3}}
 RANDOM = my_utils.Augmentation(crop=2, flip="alternating", rotation=9, brightness=0.2, cutout=8)
 RECIPES = {
     "sgd": {"optimizer_args": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, **STEP},
-    "adam": {"optimizer": "adam", "learning_rate": 0.01, "schedule": "cosine", "weight_averaging": 0.8},
     "adamw": {"optimizer": "adamw", "schedule": "onecycle", "label_smoothing": 0.1, "augmentation": RANDOM},
-    "muon": {"optimizer": "muon", "overrides": BY_SGD, "schedule": "onecycle", "weight_averaging": 0.5},
-    "normalized_muon": {"optimizer": "normalized_muon", "overrides": BY_SGD, "schedule": "constant"},
-    "bfloat16": {"precision": "bfloat16", "weight_averaging": 0.9},
-    "float16": {"precision": "float16", "optimizer_args": {"momentum": 0.9}},
+    "muon": {"optimizer": "muon", "overrides": BY_SGD, "schedule": "cosine", "weight_averaging": 0.5},
+    "float16": {"precision": "float16", "optimizer": "adam", "learning_rate": 0.01},
 }
 
 
@@ -192,12 +182,9 @@ STOPS = {
     "interrupt": (True, 5, interrupt, None),
     "interrupt in validation": (False, 1, interrupt, None),
     "nan in the first epoch": (True, 2, lambda logits: logits * torch.nan, "step 2.*learning rate"),
-    "nan": (True, 5, lambda logits: logits * torch.nan, "step 5.*learning rate"),
     "inf": (True, 10, lambda logits: logits * 1e38 * 1e38, "learning rate"),
-    "nan in the last step": (True, 7, lambda logits: logits * torch.nan, "step 7.*learning rate"),
     "weights in the last step": (True, 7, bad_gradient, "learning rate"),
     "nan in validation": (False, 1, lambda logits: logits * torch.nan, "finite"),
-    "inf in validation": (False, 1, lambda logits: logits + torch.inf, "finite"),
 }
 
 
@@ -240,12 +227,9 @@ def test_a_run_that_another_process_ends_just_before_the_lock_is_free_is_loaded(
 
 
 DAMAGES = {
-    "half": lambda good: good[: len(good) // 2],
     "one byte short": lambda good: good[:-1],
-    "one byte long": lambda good: good + b"\0",
     "start": lambda good: good[:10],
     "empty": lambda good: b"",
-    "zeros": lambda good: bytes(len(good)),
     "random": lambda good: random.Random(0).randbytes(len(good)),
     "pickle": lambda good: b"cbuiltins\nopen\n(Vmark\nVw\ntR.",  # opened as a pickle, it writes a file
     "header of 2^60 bytes": lambda good: (1 << 60).to_bytes(8, "little") + good[8:],
@@ -279,17 +263,15 @@ def test_every_flipped_bit_is_seen(copied):
 
 
 def test_nothing_is_pickled():
-    tree = ast.walk(ast.parse(Path(my_utils.__file__).read_text(encoding="utf-8")))
-    words = {ast.unparse(node) for node in tree if isinstance(node, ast.Attribute | ast.Name | ast.alias)}
-    assert "safetensors.torch.save" in words
+    words = set(re.findall(r"[\w.]+", Path(my_utils.__file__).read_text(encoding="utf-8")))
+    assert any(word.startswith("safetensors") for word in words)
     assert not words & {"pickle", "torch.load", "torch.save", "np.load", "np.save", "dill", "joblib", "shelve"}
 
 
 # --- Disks and folders ---
 
 
-@pytest.mark.parametrize("write", [1, 3])
-@pytest.mark.parametrize(("number", "says"), [("ENOSPC", "space"), ("EDQUOT", "space"), ("EROFS", "writable")])
+@pytest.mark.parametrize(("number", "says", "write"), [("ENOSPC", "space", 3), ("EROFS", "writable", 1)])
 def test_a_write_that_fails_leaves_the_epoch_before(splits, store, whole, monkeypatch, number, says, write):
     sync, count = os.fsync, []
 

@@ -111,8 +111,7 @@ def test_training_computes_what_plain_pytorch_does(splits, precise_muon, changes
     assert history.step_learning_rate == pytest.approx(rates, rel=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 10])
-@pytest.mark.parametrize("arguments", [{}, {"pct_start": 0.1}, {"pct_start": 0.2}, {"pct_start": 0.5}], ids=str)
+@pytest.mark.parametrize(("steps", "arguments"), [(1, {}), (5, {"pct_start": 0.2}), (10, {"pct_start": 0.1})], ids=str)
 def test_onecycle_of_any_length(steps, arguments):
     """Not even a rise of exactly one step divides by zero."""
     settings = recipe(epochs=1, schedule="onecycle", schedule_args=arguments)
@@ -170,17 +169,16 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay(splits, build_mode
     assert not torch.equal(other.model.head.weight, run.model.head.weight)
 
 
-@pytest.mark.parametrize(("number", "close"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
-def test_muon_steps_as_torchs(seeded, precise_muon, shape, number, close):
-    first, gradients, weights = torch.randn(shape, dtype=number), torch.randn(4, *shape, dtype=number), []
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_muon_steps_as_torchs(seeded, precise_muon, shape):
+    first, gradients, weights = torch.randn(shape).double(), torch.randn(4, *shape).double(), []
     for kind in (torch.optim.Muon, Muon):
         weights.append(nn.Parameter(first.clone()))
         optimizer = kind(weights[-1:], lr=0.1, momentum=0.8, weight_decay=0.1)
         for gradient in gradients:
             weights[-1].grad = gradient.clone()
             optimizer.step()
-    torch.testing.assert_close(*weights, rtol=10 * close, atol=close)
+    torch.testing.assert_close(*weights, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("cpu", [{}, {"amx_bf16": True}], ids=["float32", "bfloat16"])
@@ -229,11 +227,9 @@ def test_settings_that_would_do_nothing_or_break_later_are_refused(splits, setti
     assert not calls
 
 
-WRONG = [("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("batch_size", "128"), ("schedule", "up")]
-WRONG += [("learning_rate", value) for value in (-0.1, math.nan, math.inf, None)] + [("optimizer", "lion")]
-WRONG += [("momentum", 0.9), ("overrides", {"*.bias": 0.0}), ("schedule_args", None), ("label_smoothing", 1.0)]
-WRONG += [("image_sides", value) for value in ([], [33], 24)]
-WRONG += [("weight_averaging", 1.0), ("weight_averaging", "0.9"), ("precision", "half")]
+WRONG = [("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", "128"), ("learning_rate", math.nan)]
+WRONG += [("learning_rate", -0.1), ("optimizer", "lion"), ("momentum", 0.9), ("overrides", {"*.bias": 0.0})]
+WRONG += [("label_smoothing", 1.0), ("image_sides", []), ("image_sides", [33]), ("precision", "half")]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
@@ -242,32 +238,30 @@ def test_a_recipe_names_a_wrong_field(field, value):
         Recipe(**{"epochs": 1} | {field: value})
 
 
-SIDES = []
-
-
 class AnySize(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
-    def forward(self, x):
-        if self.training and len(x) == 50:
-            SIDES.append(x.shape[-1])
-        return super().forward(x)
 
+def test_each_part_of_the_training_sees_images_of_its_own_size(splits, monkeypatch):
+    sides, settings = [], recipe(epochs=5, image_sides=[8, 32])  # 200 images, 4 batches in an epoch
 
-def test_each_part_of_the_training_sees_images_of_its_own_size(splits):
-    SIDES.clear()
-    run = fit(AnySize, splits, recipe(epochs=5, image_sides=[8, 32]))  # 200 images, 4 batches in an epoch
-    assert SIDES == [8] * 12 + [32] * 8
+    def forward(model, x):
+        if model.training and len(x) == 50:
+            sides.append(x.shape[-1])
+        return nn.Sequential.forward(model, x)
+
+    monkeypatch.setattr(AnySize, "forward", forward)
+    run = fit(AnySize, splits, settings)
+    assert sides == [8] * 12 + [32] * 8
     forward = [2 * 27 * 8 * side**2 + 2 * 80 for side in (8, 32)]
     assert run.train_flops == 3 * 200 * (3 * forward[0] + 2 * forward[1])
-    assert run.identity != fit(AnySize, splits, recipe(epochs=5)).identity
 
 
 FAST, AMD, INTEL = {"avx512_bf16": True, "amx_bf16": False}, {"cpu_name": "AMD EPYC"}, {"cpu_name": "Intel Xeon"}
 AUTO = [("cuda", (7, 5), torch.float16), ("cuda", (8, 0), torch.bfloat16)]  # a T4, an A100
 AUTO += [("cpu", FAST | AMD, torch.bfloat16), ("cpu", INTEL | {"amx_bf16": True}, torch.bfloat16)]
-AUTO += [("cpu", found, torch.float32) for found in (FAST | INTEL, AMD, {})] + [("mps", FAST | AMD, torch.float32)]
+AUTO += [("cpu", FAST | INTEL, torch.float32), ("mps", FAST | AMD, torch.float32)]
 
 
 @pytest.mark.parametrize(("device", "found", "expected"), AUTO)
