@@ -1,19 +1,13 @@
-"""Notebook 01: the picture of a block, and the solutions of the exercises."""
+"""Notebook 01: the picture of a block."""
 
 import itertools
-import re
 
-import nbformat
 import pytest
-import torch
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.transforms import Bbox
 
 import my_utils as utils
 
-CELLS = nbformat.read(utils.ROOT / "notebooks" / "01_baseline.ipynb", as_version=4).cells
-TEXT = "\n\n".join(cell.source for cell in CELLS if cell.cell_type == "markdown")
-SOLUTIONS = re.split(r"^\d+\. ", TEXT.split("<summary>Solutions</summary>")[1], flags=re.MULTILINE)[1:]
 BLOCKS = {
     "parallel": {"branches": [["3×3 conv"]] * 3, "gate": "$a = W m + b$", "after": ["ReLU", "max pool"]},
     "paths": {"branches": [["3×3 conv", "BatchNorm", "ReLU", "SE"]] * 4, "gate": "FC", "skip": "1×1 conv"},
@@ -23,40 +17,6 @@ BLOCKS = {
     "one": {"branches": [["3×3 conv"]]},
 }
 ORANGE = (0.976, 0.773, 0.553)
-
-
-@pytest.fixture
-def names(synthetic_splits, store):
-    """What the notebook defines before its exercises, on a few images and without a training."""
-    names = {"utils": utils, "splits": synthetic_splits}
-    for cell in CELLS:
-        if "model" in cell.metadata.get("tags", []) or "augmentation = " in cell.source or "recipe = " in cell.source:
-            exec(cell.source, names)
-    [live] = [cell.source for cell in CELLS if 'run="01/live"' in cell.source]
-    exec(live.split("live = ")[0], names)
-    return names
-
-
-@pytest.mark.parametrize("number", range(1, 1 + len(SOLUTIONS)))
-def test_solutions_run(names, number, capsys):
-    code = re.findall(r"```python\n(.*?)```", SOLUTIONS[number - 1], flags=re.DOTALL)
-    assert code
-    for block in code:
-        lines = [line.removeprefix("   ") for line in block.splitlines()]
-        assert max(map(len, lines)) <= 88
-        exec("\n".join(lines), names)
-    said = capsys.readouterr().out
-    if "fit(" in code[-1]:
-        assert "epoch 3" in said
-    if number == 5:
-        assert said == "129,078 images\n"
-
-
-def test_the_mended_softmax_starts_as_a_plain_sum(names):
-    [code] = re.findall(r"```python\n(.*?)```", SOLUTIONS[3], flags=re.DOTALL)
-    exec("\n".join(line.removeprefix("   ") for line in code.splitlines()), names)
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(names["SoftmaxGate"](3, num_convs=3)(x), torch.ones(2, 3))
 
 
 @pytest.fixture(scope="module")
