@@ -26,7 +26,7 @@ class Slow(Tiny):
 
     def forward(self, x):
         if self.training and len(x) == 25:
-            time.sleep(0.02)
+            time.sleep(0.01)
             Slow.pipe and Slow.pipe.close()
         return super().forward(x)
 
@@ -45,7 +45,7 @@ def work(folder: Path, seed: int, pipe) -> None:
     """Train in another process, where writing takes so long that many kills fall into it."""
     for name in ("fsync", "replace"):
         act = getattr(os, name)
-        setattr(os, name, lambda *arguments, act=act: (time.sleep(0.03), act(*arguments), time.sleep(0.03)))
+        setattr(os, name, lambda *arguments, act=act: (time.sleep(0.02), act(*arguments), time.sleep(0.02)))
     os.environ |= {"RUNS_DIR": str(folder / "runs"), "RUN_SIZE": "smoke"}
     torch.set_num_threads(1)
     Slow.pipe = pipe

@@ -17,20 +17,18 @@ ROOT = Path(__file__).parents[1]
 WIDTHS, THEMES = (390, 1100), ("light", "dark")
 
 
-def copy_project(root, target):
+def copy_project(target):
     """Copy what a site is made of, except the notebooks."""
-    shutil.copytree(root / "report", target / "report", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(root / "README.md", target)
-    (target / "notebooks").mkdir()
+    shutil.copytree(ROOT / "report", target / "report", ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    shutil.copy(ROOT / "README.md", target)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The site of this project, from the outputs that are stored in its notebooks."""
     root = tmp_path_factory.mktemp("project")
-    copy_project(ROOT, root)
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        shutil.copy(path, root / "notebooks")
+    copy_project(root)
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".*"))
     build_site(root, stored=True)
     return root / "build"
 
@@ -38,7 +36,8 @@ def site(tmp_path_factory):
 @pytest.fixture
 def toy(tmp_path):
     """A project without notebooks; returns a function that adds one and returns the folder of the site."""
-    copy_project(ROOT, tmp_path)
+    copy_project(tmp_path)
+    (tmp_path / "notebooks").mkdir()
 
     def add(*cells, name="01_toy"):
         nbformat.write(new_notebook(cells=list(cells)), tmp_path / "notebooks" / f"{name}.ipynb")
@@ -127,20 +126,15 @@ def faults(browser, site):
                     problems.append(f"{path.name}: a figure without alternative text, or not shown: {alt}")
             links.update((path.name, link) for link in page.evaluate("[...document.links].map(a => a.href)"))
         context.close()
-    page = browser.new_page()
-    for name, link in sorted(links):
-        url = urlsplit(link)
-        if url.scheme != "file":
-            continue
-        target = Path(unquote(url.path))
-        if not target.is_file() or target.parent != site.resolve():
-            problems.append(f"{name}: no such page: {target.name}")
-        elif url.fragment:
-            page.goto(target.as_uri())
-            names = [url.fragment, unquote(url.fragment)]  # as it stands, else decoded: so do browsers
-            if not page.evaluate("names => names.some(name => document.getElementById(name))", names):
-                problems.append(f"{name}: no such heading: {url.fragment}")
+    page, anchors = browser.new_page(), {}
+    for path in site.resolve().glob("*"):
+        page.goto(path.as_uri()) if path.suffix == ".html" else None
+        anchors[path] = {"", *page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")}
     page.close()
+    for name, url in ((name, urlsplit(link)) for name, link in sorted(links)):
+        found = anchors.get(Path(unquote(url.path)), ())
+        if url.scheme == "file" and url.fragment not in found and unquote(url.fragment) not in found:
+            problems.append(f"{name}: no such page or heading: {url.path}#{url.fragment}")
     return problems
 
 

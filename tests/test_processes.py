@@ -1,7 +1,7 @@
-"""Several processes: torchrun starts 1, 2 or 3 of them on this CPU, and they end where one process without it ends.
+"""Several processes: torchrun starts 2 or 3 of them on this CPU, and they end where one process without it ends.
 
-This file is also the script that torchrun starts; `main` is what each process does. Three jobs do everything: that of
-two processes is killed in the middle of a run, and that of three goes on with it.
+This file is also the script that torchrun starts; `main` is what each process does. Two jobs do everything: that of two
+processes is killed in the middle of a run, and that of three goes on with it.
 """
 
 import contextlib
@@ -129,16 +129,14 @@ def torchrun(folder: Path, count: int, **environment):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """What one process without torchrun did (`alone`), and for 1, 2 and 3 processes what each of them did."""
+    """What one process without torchrun did (`alone`), and for 2 and 3 processes what each of them did."""
     folder = tmp_path_factory.mktemp("jobs")
-    log = {count: folder / f"log{count}" for count in (1, 2, 3)}
+    log = {count: folder / f"log{count}" for count in (2, 3)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNS_DIR", str(folder / "alone"))
         found = SimpleNamespace(folder=folder, alone={case: train_exactly("alone", case) for case in CASES})
-        with torchrun(folder, 1) as launcher:
-            assert launcher.wait(300) == 0, log[1].read_text()
         patch.setenv("RUNS_DIR", str(folder / "disk0" / "runs"))
-        with torchrun(folder, 2, PAUSE="0.15") as launcher:
+        with torchrun(folder, 2, PAUSE="0.1") as launcher:
             while not (stored := list(folder.glob("disk0/**/slow/*.safetensors"))):
                 assert launcher.poll() is None, log[2].read_text()
                 time.sleep(0.05)
@@ -161,7 +159,7 @@ def assert_close(found, expected):
         assert one is None or (one - other).norm() <= 1e-5 * other.norm()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_train_as_one_does(jobs, case, count):
     """The same gradients in every step, the same weights, and every image counts once."""
@@ -189,21 +187,21 @@ def test_all_processes_end_with_the_same_bits(jobs, count):
         assert results["record"] == first["record"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 def test_the_statistics_of_batchnorm_are_those_of_process_0(jobs, count):
     images, _ = next(utils.batches(make_splits(200).train, 200, seed=0, part=(0, count)))
     for results in jobs.each[count]:
         torch.testing.assert_close(results["running mean"], 0.1 * images.mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 def test_process_0_alone_writes_and_prints(jobs, count):
     log = jobs.logs[count]
     assert not [path for path in jobs.folder.glob("disk[12]/**/*") if path.is_file()]
     assert "said by process 0" in log and "said by process 1" not in log and "said by process 2" not in log
     assert log.count("found in the run store") == 1
     assert (jobs.folder / "disk0" / "build" / "results" / f"{count}_noisy.json").exists()
-    assert jobs.each[count][0]["record"]["device"].startswith(f"{count} x ") == (count > 1)
+    assert jobs.each[count][0]["record"]["device"].startswith(f"{count} x ")
 
 
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(jobs):
