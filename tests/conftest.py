@@ -8,6 +8,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell
 from nbval.plugin import IPyNbCell, IPyNbFile
+from tiny import make_splits
 
 import my_utils as utils
 
@@ -42,9 +43,9 @@ def synthetic_splits():
 
 
 @pytest.fixture(scope="session")
-def splits(synthetic_splits):
+def splits():
     """A few hundred images, for training in seconds; treat them as read-only."""
-    return synthetic_splits.head(200, 100, 100)
+    return make_splits(200, 100, 100)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from tiny import Tiny, recipe
+from tiny import Tiny, make_splits, recipe
 
 import my_utils
 
@@ -33,10 +33,8 @@ class Slow(Tiny):
 
 def train(seed: int) -> None:
     """Train and record as a notebook does."""
-    images, labels = my_utils.draw_synthetic(300)
-    parts = [my_utils.Split(images[i : i + 100], labels[i : i + 100], (0.5,) * 3, (0.25,) * 3) for i in (0, 100, 200)]
     settings = recipe(epochs=10, batch_size=25, optimizer="adamw", schedule="onecycle", weight_averaging=0.9)
-    splits = my_utils.Splits(*parts, "synthetic")
+    splits = make_splits(100, 100, 100)
     run = my_utils.fit(Slow, splits, settings, run="test/slow", seed=seed, plot=False, device="cpu")
     my_utils.record([run], splits, notebook="01")
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import filelock
 import pytest
 import torch
-from tiny import recipe
+from tiny import make_splits, recipe
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -59,11 +59,9 @@ class Slow(Exact):
         return super().forward(x)
 
 
-def make_splits(count: int) -> utils.Splits:
+def images_and_more(count: int) -> utils.Splits:
     """Return `count` training images, 33 for validation and 51 for testing, which no number of processes divides."""
-    images, labels = utils.draw_synthetic(count + 84)
-    parts = zip(images.split([count, 33, 51]), labels.split([count, 33, 51]), strict=True)
-    return utils.Splits(*(utils.Split(*part, (0.5,) * 3, (0.25,) * 3) for part in parts), "synthetic")
+    return make_splits(count, 33, 51)
 
 
 def train_exactly(name: str, case: str) -> dict:
@@ -75,7 +73,7 @@ def train_exactly(name: str, case: str) -> dict:
 
     handle = register_optimizer_step_pre_hook(keep)
     settings = recipe(batch_size=batch_size, optimizer_args={"momentum": 0.9}, **SETTINGS)
-    run = fit(Exact, make_splits(images), settings, run=f"{name}/{case}", watch=True)
+    run = fit(Exact, images_and_more(images), settings, run=f"{name}/{case}", watch=True)
     handle.remove()
     return {"gradients": gradients} | outcome(run)
 
@@ -85,7 +83,7 @@ def outcome(run: utils.Run) -> dict:
 
 
 def train_slowly() -> utils.Run:
-    return fit(Slow, make_splits(200), recipe(epochs=8, batch_size=20), run="slow")
+    return fit(Slow, images_and_more(200), recipe(epochs=8, batch_size=20), run="slow")
 
 
 def main(folder: Path) -> None:
@@ -94,7 +92,7 @@ def main(folder: Path) -> None:
     os.environ["RUNS_DIR"] = str(folder / f"disk{me}" / "runs")  # as on machines that share no disk
     results = {"who": (rank, count), "resumed": asdict(train_slowly().history) if count == 3 else None}
     results |= {case: train_exactly(str(count), case) for case in CASES}
-    splits, settings = make_splits(200), recipe(weight_averaging=0.8, **SETTINGS)
+    splits, settings = images_and_more(200), recipe(weight_averaging=0.8, **SETTINGS)
     for name in ("trained", "loaded"):
         run = fit(Noisy, splits, settings, run=f"{count}/noisy", probe=lambda model: {"size": model.norm.bias.norm()})
         results[name] = outcome(run)
@@ -189,7 +187,7 @@ def test_all_processes_end_with_the_same_bits(jobs, count):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_statistics_of_batchnorm_are_those_of_process_0(jobs, count):
-    images, _ = next(utils.batches(make_splits(200).train, 200, seed=0, part=(0, count)))
+    images, _ = next(utils.batches(images_and_more(200).train, 200, seed=0, part=(0, count)))
     for results in jobs.each[count]:
         torch.testing.assert_close(results["running mean"], 0.1 * images.mean((0, 2, 3)))
 

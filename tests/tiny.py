@@ -32,6 +32,13 @@ def recipe(**changes) -> my_utils.Recipe:
     return my_utils.Recipe(**settings | changes)
 
 
+def make_splits(*counts: int) -> my_utils.Splits:
+    """Return so many synthetic images for training, validation and testing."""
+    images, labels = my_utils.draw_synthetic(sum(counts))
+    parts = zip(images.split(counts), labels.split(counts), strict=True)
+    return my_utils.Splits(*(my_utils.Split(*part, (0.5,) * 3, (0.25,) * 3) for part in parts), "synthetic")
+
+
 @contextlib.contextmanager
 def each_forward(act=lambda call, model, logits: None, training=True, kind=Tiny):
     """Call act(number of the call, model, logits) in every forward pass of a mode; what it returns replaces the logits.
