@@ -7,50 +7,28 @@ sites are not followed. The exit status is 1 if anything is broken.
 
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import mistune
 import nbformat
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {".md", ".ipynb"}  # the kinds of files that have headings to link to
 
 
-class Text(HTMLParser):
+class Text:
     """What matters here of one Markdown text: its links, pictures, headings and the ids given in HTML."""
 
     to_html = staticmethod(mistune.create_markdown(escape=False, plugins=["math", "table"]))
 
     def __init__(self, markdown: str):
-        super().__init__()
-        self.links: list[str] = []
-        self.pictures: list[dict[str, str]] = []
-        self.headings: list[str] = []
-        self.ids: list[str] = []
-        self.in_heading = False
-        self.feed(self.to_html(markdown))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
-        if tag == "a" and "href" in values:
-            self.links.append(values["href"])
-        elif tag == "img":
-            self.pictures.append(values)
-        elif re.fullmatch("h[1-6]", tag):
-            self.headings.append("")
-            self.in_heading = True
-        self.ids += [values[key] for key in ("id", "name") if key in values]
-
-    def handle_endtag(self, tag: str) -> None:
-        if re.fullmatch("h[1-6]", tag):
-            self.in_heading = False
-
-    def handle_data(self, data: str) -> None:
-        if self.in_heading:
-            self.headings[-1] += data
+        soup = BeautifulSoup(self.to_html(markdown), "html.parser")
+        self.links = [link["href"] for link in soup.select("a[href]")]
+        self.pictures = soup.select("img")
+        self.headings = [heading.get_text() for heading in soup.select("h1, h2, h3, h4, h5, h6")]
+        self.ids = [tag.get("id") or tag["name"] for tag in soup.select("[id], [name]")]
 
 
 def texts(path: Path) -> dict[str, Text]:

@@ -1,6 +1,4 @@
-"""The models of notebook 03: parameter counts by hand, and each part against a slow, obvious reference."""
-
-import itertools
+"""The models of notebook 03: each part against a slow, obvious reference."""
 
 import nbformat
 import numpy as np
@@ -18,20 +16,6 @@ def models():
     return utils.models_of("03_advanced_training")
 
 
-def gate_count(channels, experts):
-    hidden = max(4, channels // 4)
-    return channels * hidden + hidden + hidden * experts + experts
-
-
-def mixture_count(i, o):
-    return gate_count(i, 2) + 9 * i * o + i * o
-
-
-def block_count(i, o, norm=False, scale=True, se=False, mixture=mixture_count, **_):
-    norms = 2 * o * norm  # scales count, trained or not
-    return 9 * i * o + norms + mixture(o, o) + norms + se * (o * (o // 8) + o // 8 + (o // 8) * o + o)
-
-
 BOTH = {"norm": True, "se": True, "dropout": 0.1, "drop_path": 0.1}
 
 
@@ -42,10 +26,6 @@ BOTH = {"norm": True, "se": True, "dropout": 0.1, "drop_path": 0.1}
 def test_network(models, switches, whitened):
     filters = torch.randn(24, 12) if whitened else None
     network = models.ExpertNet(filters=filters, **switches)
-    widths = switches.get("widths", (24, 64, 96))
-    blocks = sum(block_count(i, o, **switches) for i, o in itertools.pairwise((24, *widths)))
-    first = 24 * 12 + 24 if whitened else 24 * 27
-    assert sum(p.numel() for p in network.parameters()) == first + blocks + widths[-1] * 10 + 10
     logits = network(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)
     logits.square().sum().backward()
@@ -66,32 +46,12 @@ def test_mixture_equals_the_formula(models):
         torch.testing.assert_close(mixed, a[0] * wide + a[1] * cheap)
 
 
-def test_squeeze_and_excitation(models):
-    se, x = models.SE(16).double(), torch.randn(3, 16, 4, 4, dtype=torch.float64)
-    for image, scaled in zip(x, se(x), strict=True):
-        hidden = (se.reduce.weight @ image.mean((1, 2)) + se.reduce.bias).clamp(min=0)
-        scale = 1 / (1 + (-(se.expand.weight @ hidden + se.expand.bias)).exp())
-        torch.testing.assert_close(scaled, scale[:, None, None] * image)
-
-
 def test_stochastic_depth_keeps_the_expectation(models):
     layer = models.StochasticDepth(nn.Identity(), p=0.25)
     y = layer(torch.ones(100_000, 1, 1, 1))
     torch.testing.assert_close(y.unique(), torch.tensor([1, 1 + 1 / 0.75]))
     assert y.mean().item() == pytest.approx(2, abs=0.02)
     assert torch.equal(layer.eval()(torch.ones(2, 1, 1, 1)), torch.full((2, 1, 1, 1), 2.0))
-
-
-SWITCHES = {"norm": (True, "BatchNorm2d"), "se": (True, "SE"), "activation": (nn.GELU, "GELU")}
-SWITCHES |= {"dropout": (0.5, "Dropout2d"), "drop_path": (0.5, "StochasticDepth"), None: (None, None)}
-
-
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_switches_are_off_until_switched_on(models, switch):
-    value, kind = SWITCHES[switch]
-    kinds = {type(module).__name__ for module in models.Block(8, 16, **({switch: value} if switch else {})).modules()}
-    assert kinds & {kind for _, kind in SWITCHES.values()} == {kind} - {None}
-    assert ("ReLU" in kinds) == (switch != "activation")
 
 
 def test_linear_gate_and_plain_convolution_in_a_mixtures_place(models):
@@ -104,12 +64,6 @@ def test_linear_gate_and_plain_convolution_in_a_mixtures_place(models):
     assert some(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     plain = models.ExpertNet(mixture=models.Conv)
     assert not any(isinstance(module, models.Mixture) for module in plain.modules())
-
-
-@pytest.mark.parametrize("scale", [True, False])
-def test_scale_of_batchnorm_stays_1_if_it_is_switched_off(models, scale):
-    norms = [m for m in models.Block(8, 16, norm=True, scale=scale).modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 2 and all(norm.weight.requires_grad == scale for norm in norms)
 
 
 def test_one_argument_restores_the_basic_block(models):
@@ -142,21 +96,6 @@ def test_max_pooled_features_and_small_logits(models):
     torch.testing.assert_close(network.head[2](features) * 96, features @ network.head[2].weight.T)
     torch.testing.assert_close(network(x := torch.randn(2, 3, 32, 32)), network.head(network.blocks(network.first(x))))
     assert network.head[2].bias is None and network.head[2].weight.std().item() == pytest.approx(1, abs=0.1)
-
-
-def test_the_gradient_of_the_means_keeps_the_channels_last_order(models):
-    mixture, x = models.Mixture(8, 8), torch.randn(3, 8, 5, 5).to(memory_format=torch.channels_last)
-    x.requires_grad_()
-    [gradient] = torch.autograd.grad(mixture(x).sum(), x)
-    assert gradient.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_s4_final_has_a_norm_in_each_block_and_dropout_before_the_classifier(models):
-    network = models.S4Final()
-    for block in network.blocks:
-        assert [type(module).__name__ for module in block.pool][-1] == "BatchNorm2d"
-    assert isinstance(network.head[2], nn.Dropout) and network.head[2].p == 0.1
-    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_test_time_augmentation_is_the_average_worked_out_by_hand(models, synthetic_splits):

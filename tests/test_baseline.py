@@ -12,7 +12,6 @@ BLOCKS = {
     "paths": {"branches": [["3×3 conv", "BatchNorm", "ReLU", "SE"]] * 4, "gate": "FC", "skip": "1×1 conv"},
     "chain": {"branches": [["3×3 conv", "ReLU", "BatchNorm"]] * 3, "gate": "2 FC, softmax", "skip": "1×1 conv"},
     "chain without a gate": {"branches": [["3×3 conv", "BatchNorm", "sigmoid"]] * 3},
-    "no gate": {"branches": [["3×3 conv"], ["1×1 conv", "BatchNorm"]], "skip": "identity"},
     "one": {"branches": [["3×3 conv"]]},
 }
 
@@ -45,10 +44,3 @@ def test_picture_of_a_block(models, name):
     orange = {name for name, (red, _, blue, _) in colours.items() if red > blue + 0.3}
     assert orange == {"ReLU", "sigmoid", "SE", "max pool"} & set(expected)
     assert figure.get_size_inches()[0] <= 7  # then 10 points are 8 pixels on a telephone
-
-
-def test_blocks_are_drawn_side_by_side(models):
-    figure, grid = models.image_grid(1, 2, side=5)
-    for axes, block in zip(grid.flat, BLOCKS.values(), strict=False):
-        assert models.draw_block(**block, axes=axes) is figure
-    assert all(axes.texts for axes in figure.axes)

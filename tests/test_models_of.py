@@ -2,18 +2,10 @@
 
 import nbformat
 import pytest
-import tiny
 
 import my_utils as utils
 
 PARTS = "from torch import nn\n\ndef part(x):\n    return {factor} * x\n"
-NET = """from torch import nn
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 10, 32), nn.Flatten())
-    def forward(self, x):
-        return utils.models_of("01_parts").part(super().forward(x))
-"""
 
 
 def write(path, heading, *cells) -> None:
@@ -38,13 +30,3 @@ def test_the_tagged_cells_run_in_order_and_nothing_is_written(root, path):
 def test_a_missing_notebook_is_named(root):
     with pytest.raises(FileNotFoundError, match=r"01_parts\.ipynb"):
         utils.models_of("01_parts")
-
-
-def test_another_notebook_changes_the_run_and_a_comment_in_it_does_not(root, splits):
-    found = []
-    for factor, comment in ((2, ""), (2, "# twice"), (3, "")):
-        write(root / "notebooks" / "01_parts.ipynb", "1. Parts", PARTS.format(factor=factor) + comment)
-        write(root / "notebooks" / "02_net.ipynb", "2. Net", NET)
-        net = utils.models_of("02_net").Net
-        found.append(utils.fit(net, splits, tiny.recipe(epochs=1), run="net", plot=False).fingerprint)
-    assert found[0] == found[1] != found[2]

@@ -202,29 +202,15 @@ def test_parameter_counts(models):
 
 
 def test_block_is_the_formula(models):
-    """x'[n, o, i, j] = sum_k a_k (bias_k[o] + sum_cuv K_k[o, c, u, v] x[n, c, i + u - 1, j + v - 1]), a = W m + b."""
-    torch.manual_seed(0)
-    channels, outputs, convs, height, width = 3, 2, 4, 5, 6
-    block = models.IntermediateBlock(channels, outputs, convs).double()
+    """x'[n] = sum_k a_k (K_k * x[n] + bias_k), where a = W m + b and m are the channel means of image n."""
+    block, x = models.IntermediateBlock(3, 2, num_convs=4).double(), torch.randn(2, 3, 5, 6, dtype=torch.float64)
     torch.nn.init.normal_(block.gate.linear.weight)
     torch.nn.init.normal_(block.gate.linear.bias)
-    x = torch.randn(2, channels, height, width, dtype=torch.float64)
-
-    by_hand = torch.zeros(2, outputs, height, width, dtype=torch.float64)
-    for n, image in enumerate(x.tolist()):
-        m = [sum(map(sum, image[c])) / (height * width) for c in range(channels)]
-        for k, conv in enumerate(block.convs):
-            w, b = block.gate.linear.weight[k].tolist(), block.gate.linear.bias[k].item()
-            a = sum(w[c] * m[c] for c in range(channels)) + b
-            kernel, bias = conv.weight.tolist(), conv.bias.tolist()
-            for o, i, j in itertools.product(range(outputs), range(height), range(width)):
-                total = bias[o]
-                for c, u, v in itertools.product(range(channels), range(3), range(3)):
-                    row, column = i + u - 1, j + v - 1
-                    if 0 <= row < height and 0 <= column < width:
-                        total += kernel[o][c][u][v] * image[c][row][column]
-                by_hand[n, o, i, j] += a * total
-    torch.testing.assert_close(block(x), by_hand)
+    for image, found in zip(x, block(x), strict=True):
+        a = block.gate.linear.weight @ image.mean((1, 2)) + block.gate.linear.bias
+        windows = torch.nn.functional.pad(image, (1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)
+        by_hand = [torch.einsum("ocuv,cijuv->oij", c.weight, windows) + c.bias[:, None, None] for c in block.convs]
+        torch.testing.assert_close(found, torch.einsum("k,koij->oij", a, torch.stack(by_hand)))
 
 
 def test_network(models):

@@ -1,6 +1,5 @@
 """The run store: one file per run, found again, gone on with to the same bits, and never trusted when it is damaged."""
 
-import concurrent.futures
 import contextlib
 import errno
 import os
@@ -114,26 +113,16 @@ def test_what_changes_the_result_makes_another_file(splits, store, whole, copied
     assert len(run.history.probe) == 3 * ("probe" in arguments)
 
 
-class Reordered(Tiny):
-    """Tiny with its parts in another order and the same first weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = self._modules.pop("norm")
-
-
 def renamed():
     """Return Tiny with other names."""
     tiny = Tiny()
     return nn.Sequential(tiny.conv, tiny.norm, nn.ReLU(), nn.Flatten(), tiny.drop, tiny.head)
 
 
-@pytest.mark.parametrize("build", [renamed, Reordered])
-def test_stored_weights_find_their_parts(splits, whole, copied, build):
-    run = fit(build, splits, recipe(epochs=3))
-    assert build is Reordered or run.fingerprint == whole.fingerprint
-    found = fit(build, splits, recipe(epochs=3))  # trained if it counts as another run, then loaded
-    assert my_utils.evaluate(found.model, splits.val, precision="float32").nll == found.history.val_loss[-1]
+def test_stored_weights_find_their_parts_under_other_names(splits, whole, copied):
+    with training_steps(0):
+        found = fit(renamed, splits, recipe(epochs=3))
+    assert my_utils.evaluate(found.model, splits.val, precision="float32").nll == whole.history.val_loss[-1]
 
 
 # --- What is stopped goes on to the same bits ---
@@ -201,14 +190,6 @@ def test_what_stops_a_training_leaves_the_epochs_before(splits, store, whole, ca
 
 
 # --- Two at once ---
-
-
-def test_a_second_thread_is_refused(splits, whole):
-    again = partial(fit, Tiny, splits, recipe(epochs=3))
-    pool, refused = concurrent.futures.ThreadPoolExecutor(1), []
-    with pool, each_forward(lambda call, *_: refused.append(pool.submit(again).exception(60)) if call == 5 else None):
-        assert_same(again(), whole)
-    assert isinstance(refused[0], filelock.Timeout)
 
 
 def test_a_run_that_another_process_ends_just_before_the_lock_is_free_is_loaded(splits, whole, copied, monkeypatch):
@@ -287,10 +268,3 @@ def test_a_write_that_fails_leaves_the_epoch_before(splits, store, whole, monkey
     kept = [len(my_utils.load_run(path)["history"]["seconds"]) for path in files(store)]
     assert kept == [write - 1] * (write > 1)  # and no half-written file
     assert_same(fit(Tiny, splits, recipe(epochs=3)), whole)
-
-
-def test_a_folder_that_cannot_be_made_is_said_before_training(splits, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "file" / "runs"))
-    with training_steps(0), pytest.raises(OSError, match="RUNS_DIR"):
-        fit(Tiny, splits, recipe())
