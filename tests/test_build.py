@@ -138,10 +138,6 @@ def test_chosen_notebooks(project, build, capsys):
     assert build.main(["02"]) == 1
     assert "Kernel died" in capsys.readouterr().out
 
-    for arguments in (["03"], ["01", "--pages"], ["--check", "--report"]):
-        with pytest.raises(SystemExit, match="2"):
-            build.main(arguments)
-
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")
 def test_interrupt(project):

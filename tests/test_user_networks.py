@@ -107,14 +107,11 @@ def weighted(function, weight):
     return net(Around(lambda layer, x: function(x, layer.weight), layer))
 
 
-WITHOUT_SOURCE = {}
-exec("from torch import nn\nclass Net(nn.Linear):\n  def forward(self, x): return super().forward(x)", WITHOUT_SOURCE)
 BUILDERS = one_prelu_at_two_places, tied_weights, views_of_one_tensor, a_block_used_twice, partly_frozen, spare
 GOOD = {build.__name__: build for build in (*BUILDERS, masked, spectral, double)}
 GOOD |= {
     "a buffer of whole numbers": lambda: net(Changing(nn.Buffer(torch.tensor(0)))),
     "partial": partial(net, nn.ReLU(inplace=True)),
-    "no source": lambda: net(WITHOUT_SOURCE["Net"](4, 4)),
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(3, 3, 8), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(10)),
     "compiled": lambda: torch.compile(a_block_used_twice(), backend="eager"),
     "a part compiled": lambda: net(torch.compile(nn.Linear(4, 4), backend="eager")),
@@ -163,7 +160,6 @@ BAD = {
     "a dict": (lambda: Around(lambda net, x: {"logits": net(x)}, net()), "dict.*10"),
     "twice in one place": (lambda: nn.Sequential(ONCE), "same"),
     "a counter that is not stored": (lambda: net(Changing(0)), "register_buffer"),
-    "nor in a tensor": (lambda: net(Changing(torch.zeros(()))), "register_buffer"),
     "a mean that is not stored": (lambda: net(Changing(torch.zeros(()), lambda m, x: m + x.mean())), "register_buffer"),
     "unseeded random numbers": (lambda: net(Changing(0, lambda *_: UNSEEDED.random())), "register_buffer"),
     "unseeded weights": (lambda: weighted(torch.mul, torch.tensor(UNSEEDED.random())), "other weights"),
