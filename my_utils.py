@@ -789,12 +789,9 @@ def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1
     They are computed in float32, so that every machine gives the same answers, up to a few images in 10,000.
     """
     device = next(model.parameters(), torch.zeros(())).device
-    dtype, found = pick_precision(precision, device), []
+    dtype, parts = pick_precision(precision, device), batches(split.to(device), batch_size)
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for start in range(0, len(split), batch_size):
-            images, _ = next(batches(split[start : start + batch_size].to(device), batch_size))
-            found.append(model(images.contiguous(memory_format=layout(device))).float().cpu())
-    return torch.cat(found)
+        return torch.cat([model(images.contiguous(memory_format=layout(device))).float().cpu() for images, _ in parts])
 
 
 def evaluate(model: nn.Module, split: Split, *, precision="float32") -> Evaluation:
