@@ -1163,7 +1163,7 @@ def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     model, loaded = (getattr(network, "_orig_mod", network).cpu() for network in (model, loaded))  # not as compiled
     tensors, again = ([*network.parameters(), *network.buffers()] for network in (model, loaded))
     same = any(one is other for one, other in zip(model.parameters(), loaded.parameters(), strict=False))
-    if same or summary(tensors) != summary(again):
+    if same or not all(map(functools.partial(torch.allclose, equal_nan=True), tensors, again)):
         raise ValueError("build_model gave other weights, or the same tensors, when it was called again with one seed")
     flat = [settings | settings.pop("augmentation") for settings in map(asdict, (recipe, Recipe(epochs=1)))]
     changed = {name: value for name, value in flat[0].items() if value != flat[1][name] or name == "epochs"}
@@ -1201,11 +1201,12 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
 
     Both networks are alike, and both lose their weights. One that storing and loading would change is refused.
     """
-    for network in (model._apply(in_double), loaded._apply(in_double)):
-        for number, weight in enumerate(network.parameters()):
-            value = uniform(*weight.shape, seed=number) * (6 / max(24, weight.shape[1:].numel())) ** 0.5
-            positive = not weight.is_complex() and (weight > 0).all()  # then it may stand under a root
-            weight.data = (value.abs() if positive else value).to(weight.dtype)
+    both = (network._apply(in_double).parameters() for network in (model, loaded))
+    for number, (weight, other) in enumerate(zip(*both, strict=True)):
+        value = uniform(*weight.shape, seed=number) * (6 / max(24, weight.shape[1:].numel())) ** 0.5
+        positive = not weight.is_complex() and (weight > 0).all()  # then it may stand under a root
+        weight.data = (value.abs() if positive else value).to(weight.dtype)
+        other.data = weight.data.clone()
     logits = try_out(model, training=True)
     F.cross_entropy(logits, torch.arange(3)).backward()
     gradients = [weight.grad for weight in model.parameters()]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -195,6 +196,15 @@ def test_a_record_made_again_says_the_same(real, committed, monkeypatch, stopped
     assert record(found, real, ship=True) == committed[1]
     monkeypatch.setenv("RECORD", "0")
     assert record(found[1:], real, ship=True)["seeds"] == committed[1]["seeds"][1:]
+
+
+def test_a_cell_says_once_that_its_runs_were_found(real, committed, monkeypatch, capsys):
+    shell = types.SimpleNamespace(kernel=True, execution_count=1)
+    monkeypatch.setitem(my_utils.sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    for shell.execution_count in (1, 2):
+        for seed in (0, 1):
+            fit(Tiny, real, recipe(), seed=seed)
+        assert capsys.readouterr().out.count("\n") == 1
 
 
 def made_up(name, data="cifar10", published=None, **columns):
