@@ -202,8 +202,7 @@ def test_a_cell_says_once_that_its_runs_were_found(real, committed, monkeypatch,
     shell = types.SimpleNamespace(kernel=True, execution_count=1)
     monkeypatch.setitem(my_utils.sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
     for shell.execution_count in (1, 2):
-        for seed in (0, 1):
-            fit(Tiny, real, recipe(), seed=seed)
+        my_utils.fit_seeds(Tiny, real, recipe(), (0, 1), run="test/tiny")
         assert capsys.readouterr().out.count("\n") == 1
 
 
