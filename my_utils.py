@@ -786,7 +786,7 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
 def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1000) -> Tensor:
     """Return the logits [N, 10] on the CPU of a model in evaluation mode on the device the model is on.
 
-    They are computed in float32, so that every machine gives the same answers, up to a few images in 10,000.
+    In float32, the default, machines disagree on a few of 10,000 answers at most.
     """
     device = next(model.parameters(), torch.zeros(())).device
     dtype, parts = pick_precision(precision, device), batches(split.to(device), batch_size)
