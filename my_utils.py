@@ -349,13 +349,14 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return about the nearest orthogonal matrix, by Newton-Schulz iteration: the singular values become about 1."""
+    """Make all singular values of a matrix about 1, by Newton-Schulz iteration."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 gram + 2.0315 gram²
-        x = torch.addmm(x, polynomial, x, beta=3.4445)  # 3.4445 x + polynomial x
+        # -4.7750 gram + 2.0315 gram², then 3.4445 x + polynomial x
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
@@ -984,9 +985,8 @@ def results_table(records: Sequence[dict]) -> pd.DataFrame:
         row |= {"published %": percent([content["published_top1"]]), "epochs": content["epochs"]}
         row |= {"seeds": len(content["seeds"]), "parameters": f"{content['parameters']:,}"}
         rows.append({"name": content["name"]} | row | {"train PFLOP": f"{content['train_flops'] / 1e15:.3f}"})
-    table = pd.DataFrame(rows).set_index("name")
-    if (table["with TTA %"] == "-").all():
-        table = table.drop(columns="with TTA %")
+    table = pd.DataFrame(rows).set_index("name").rename_axis(None)
+    table = table.drop(columns=[name for name in ("with TTA %", "published %") if (table[name] == "-").all()])
     synthetic = any(content["data"] != "cifar10" for content in records)
     return table.rename_axis("synthetic data, not CIFAR-10") if synthetic else table
 

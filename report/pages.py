@@ -162,9 +162,9 @@ def index_body(root: Path, pages: list[Page]) -> str:
             alt = html.escape(image.info["Description"])
         data = base64.b64encode(figure.read_bytes()).decode()
         parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>')
-    table = re.search(r"<!-- results: .*?-->\n\n(.*?)\n\n<!-- end of results -->", readme, re.DOTALL)
-    results = to_html(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", table[1]))  # its links lead to records, which are not pages
-    parts.append(f'<div class="results">{results}</div>')
-    if (root / "report" / "report.pdf").exists():
-        parts.append('<p>How these came about, and what did not work: <a href="report.pdf">the report (PDF)</a>.</p>')
+    table = r"<!-- results: .*?-->\n\n(.*?)\n\n<!-- end of results -->\n\n(.*?)\n\n"  # and the legend below it
+    results = "\n\n".join(re.search(table, readme, re.DOTALL).groups())
+    links = r"\[([^]]*)\]\((?!report/report.pdf)[^)]*\)"  # to records, which are not pages
+    results = re.sub(links, r"\1", results).replace("report/report.pdf", "report.pdf")
+    parts.append(f'<div class="results">{to_html(results)}</div>')
     return "\n".join(parts)

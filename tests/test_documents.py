@@ -60,6 +60,7 @@ def complete():
     for entry in (entry for content in records[-3:] for entry in content["seeds"]):
         entry |= {"tta": "flip+translate", "test_top1_tta": entry["test_top1"] + 0.01}
     records += [made_up(f"03_ladder_{i:02}", 0.84 + 0.005 * (i % 8), seeds=3) for i in range(12)]
+    records += [made_up("03_fast_twin", 0.93)]
     return {content["name"]: content for content in records}
 
 
@@ -255,7 +256,7 @@ def test_the_complete_report(project):
     for number in ("30 epochs against 65", "+0.17 ± 0.00", "94.25 ± 0.13", "−0.30 ± 0.00"):
         assert number in text
     # Rung 8 falls back to the start; rung 9 is compared with rung 7, the last one kept, and not with rung 8.
-    assert text.count("−3.50 ± 0.00") == 2 and text.count("−3.00 ± 0.00") == 2  # in the table, and below it
+    assert text.count("−3.50 ± 0.17") == 2 and text.count("−3.00 ± 0.17") == 2  # in the table, and below it
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -273,9 +274,11 @@ def test_any_subset_of_the_records_makes_a_report(project, few):
 
 def test_the_results_table_shows_headline_records_with_links(project):
     records = write(project, complete())
-    headline, _, _, _, *rows = documents.results_markdown(records).splitlines()
+    headline, _, _, _, *rows = documents.results_markdown(records, {"02_s0": "S0"}).splitlines()
     assert not [number for number in ("94.25 ± 0.13", "−0.9 ± 0.0", "−0.6 ± 0.0") if number not in headline]
-    shown = [re.match(r"\| \[(\w+)\]\(report/results/\1\.json\) \|", row)[1] for row in rows]
+    links = [re.match(r"\| \[(.+?)\]\(report/results/(\w+)\.json\) \|", row).groups() for row in rows]
+    shown = [name for _, name in links]
+    assert all(title == {"02_s0": "S0"}.get(name, name) for title, name in links)
     assert shown == [name for name in records if not re.search("_ablation_|_ladder_|_twin$", name)]
     assert "| 71.13 ± 0.13 |" in rows[0]
 
