@@ -217,7 +217,7 @@ def test_results_table():
     two = made_up("two", val_top1=[0.9, 0.92], test_top1=[0.88, 0.90])
     table = results_table([two, one])
     columns = "val top-1 %,test top-1 %,published %,epochs,seeds,parameters,train PFLOP"
-    assert table.index.name == "name" and ",".join(table) == columns
+    assert table.index.name is None and ",".join(table) == columns
     assert table.T.to_dict("list") == {
         "two": ["91.00 ± 1.41", "89.00 ± 1.41", "-", 10, 2, "1,234,567", "2.500"],
         "one": ["80.00", "79.00", "94.36", 10, 1, "1,234,567", "2.500"],
