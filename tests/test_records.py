@@ -12,10 +12,11 @@ from tiny import Tiny, assert_same, each_forward, recipe
 from torch import nn
 
 import my_utils
-from my_utils import History, evaluate, results_table
+from my_utils import History, evaluate
 
 fit = partial(my_utils.fit, run="test/tiny", plot=False)
 record = partial(my_utils.record, notebook="01")
+results_table = my_utils.models_of("01_baseline").results_table
 pytestmark = pytest.mark.usefixtures("root")
 
 
@@ -61,7 +62,7 @@ def test_merged_training_has_no_validation_accuracy(splits):
     merged = replace(splits, val=None)
     content = record([fit(Tiny, merged, recipe())], merged)
     assert content["seeds"][0]["val_top1"] is None and "tta" not in content["seeds"][0]
-    assert results_table([content])["val top-1 %"].tolist() == ["-"]
+    assert results_table({"one": content})["val top-1 %"].tolist() == ["-"]
 
 
 @pytest.mark.parametrize("steps", [1, 500, 501, 1234])
@@ -215,7 +216,7 @@ def made_up(name, data="cifar10", published=None, **columns):
 def test_results_table():
     one = made_up("one", val_top1=[0.80], test_top1=[0.79], published=0.9436)
     two = made_up("two", val_top1=[0.9, 0.92], test_top1=[0.88, 0.90])
-    table = results_table([two, one])
+    table = results_table({"two": two, "one": one})
     columns = "val top-1 %,test top-1 %,published %,epochs,seeds,parameters,train PFLOP"
     assert table.index.name is None and ",".join(table) == columns
     assert table.T.to_dict("list") == {
@@ -223,6 +224,6 @@ def test_results_table():
         "one": ["80.00", "79.00", "94.36", 10, 1, "1,234,567", "2.500"],
     }
     better = made_up("one", val_top1=[0.80], test_top1=[0.79], test_top1_tta=[0.81])
-    assert results_table([two, better])["with TTA %"].tolist() == ["-", "81.00"]
+    assert results_table({"two": two, "one": better})["with TTA %"].tolist() == ["-", "81.00"]
     other = made_up("synthetic", "synthetic", val_top1=[0.5], test_top1=[0.5])
-    assert "not CIFAR-10" in results_table([one, other]).index.name
+    assert "not CIFAR-10" in results_table({"one": one, "synthetic": other}).index.name
