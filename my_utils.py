@@ -51,7 +51,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 # Set-up: run size, device, precision ----------------------------------------------------------------------------------
 torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38, such as the gradients of a shut gate
 
-# glibc returns the memory of large tensors to Linux, which clears the next one's: a third of a large step on a CPU.
+# glibc hands the memory of large tensors back to Linux, which clears it again: a third of a large step on a CPU.
 if platform.libc_ver()[0] == "glibc":
     for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>, see `man mallopt`
         ctypes.CDLL(None).mallopt(option, value)
@@ -735,7 +735,7 @@ class Evaluation:
 
 
 def predict(model: nn.Module, split: Split, *, precision="float32", batch_size=1000) -> Tensor:
-    """Return a model's logits [N, 10] on the CPU, computed where it is; in float32 machines differ on few of 10,000."""
+    """Return the logits [N, 10], on the CPU; in float32, the default, machines disagree on a few of 10,000 at most."""
     device = next(model.parameters(), torch.zeros(())).device
     dtype, parts = pick_precision(precision, device), batches(split.to(device), batch_size)
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -1044,7 +1044,7 @@ def summary(tensors: Sequence[Tensor]) -> list[int]:
 
 @torch.enable_grad()
 def behaviour(model: nn.Module, loaded: nn.Module) -> list:
-    """Return what two like networks, which lose their weights, compute in float64; refuse what storing would change."""
+    """Return what two equal networks compute with fixed weights in float64; refuse one that storing would change."""
     both = (network._apply(in_double).parameters() for network in (model, loaded))
     for number, (weight, other) in enumerate(zip(*both, strict=True)):
         value = uniform(*weight.shape, seed=number) * (6 / max(24, weight.shape[1:].numel())) ** 0.5
@@ -1104,7 +1104,7 @@ def in_double(value):
 # Several processes: torchrun starts one per GPU, and each runs the whole script ---------------------------------------
 @functools.cache
 def processes() -> tuple[int, int]:
-    """Return (rank, count), (0, 1) without torchrun; the first call joins the others, takes a GPU, mutes all but 0."""
+    """Return (rank, count), (0, 1) without torchrun; the first call joins them, takes a GPU, mutes all but rank 0."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
     if torch.cuda.is_available():
