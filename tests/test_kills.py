@@ -98,7 +98,7 @@ def test_what_is_killed_goes_on_to_the_same_bits(tmp_path, start):
     for kill in range(KILLS):
         seed = kill % RUNS
         process = start(tmp_path / f"killed{seed}", seed)
-        time.sleep(random.uniform(0, 0.3 * lasts))
+        time.sleep(random.uniform(0, 0.4 * lasts))
         process.kill()
         process.join()
         landed += process.exitcode != 0
