@@ -1,4 +1,4 @@
-"""What the notebooks share; the models are the lesson, so the notebooks build them. From the top it follows the data:
+"""What the notebooks share. The models are the lesson, so the notebooks build them. This file follows the data:
 
 load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
 """
@@ -51,19 +51,19 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 # Set-up: run size, device, precision ----------------------------------------------------------------------------------
 torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38, such as the gradients of a shut gate
 
-# glibc hands the memory of large tensors back to Linux, which clears it again: a third of a large step on a CPU.
+# glibc hands the memory of large tensors back to Linux, which clears it again: this takes a third of a large CPU step.
 if platform.libc_ver()[0] == "glibc":
     for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>, see `man mallopt`
         ctypes.CDLL(None).mallopt(option, value)
 
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # before torch 2.10 unknown, and computing is in float32
-TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train even what ships finished
-FOUND: dict = {}  # the cell that said last that a run was found
+TRAIN = os.environ.get("TRAIN", "")  # "1", "quick" or "full": train, even if a finished run ships
+FOUND: dict = {}  # the cell that last said that a run was found
 
 
 def replaying() -> bool:
     """Return whether finished runs that ship with the series stand in for training."""
-    wanted = TRAIN in ("", "0", False) and (os.environ.get("RUN_SIZE") or "full") == "full"
+    wanted = TRAIN in ("", "0") and (os.environ.get("RUN_SIZE") or "full") == "full"
     return wanted and (ROOT / "report" / "results").is_dir()
 
 
@@ -80,7 +80,7 @@ def by_size(*, smoke, quick, full):
 
 def pick_device() -> torch.device:
     """Return the device to train on: CUDA (under torchrun the GPU of this process), else Apple's MPS, else the CPU."""
-    apple = "mps" if processes()[1] == 1 and torch.backends.mps.is_available() else "cpu"  # the first chooses the GPU
+    apple = "mps" if processes()[1] == 1 and torch.backends.mps.is_available() else "cpu"  # processes() selects the GPU
     return torch.device("cuda" if torch.cuda.is_available() else apple)
 
 
@@ -110,9 +110,10 @@ def versions() -> dict[str, str]:
 
 
 def describe_setup(train: bool | str = False) -> None:
-    """Print device, precision, versions and run size; `train` has the meaning of the environment variable TRAIN."""
+    """Print device, precision, versions and run size. `train`: True, "quick" or "full"; False: the variable TRAIN."""
     global TRAIN
-    TRAIN = train or TRAIN
+    if (TRAIN := train or os.environ.get("TRAIN", "")) not in ("", "0", "1", True, "quick", "full"):
+        raise ValueError(f'TRAIN is {TRAIN!r}; it must be False, True, "quick" or "full"')
     print(f"device    {describe_device()}, {str(pick_precision()).removeprefix('torch.')}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     what = "replay: finished runs are loaded, others trained" if replaying() else "training"
@@ -155,7 +156,7 @@ class Split:
             return self
         one_hot = F.one_hot(self.labels, 10)
         if count % 10 or not 0 < count // 10 <= one_hot.sum(0).min():
-            raise ValueError(f"count is {count}; it must be a multiple of 10, and every class must have a tenth of it")
+            raise ValueError(f"count is {count}; it must be a multiple of 10, and each class must have a tenth of it")
         rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
         return self[rank <= count // 10]
 
@@ -171,7 +172,7 @@ class Splits:
     classes: tuple[str, ...] = CIFAR10_CLASSES
 
     def head(self, train: int | None = None, val: int | None = None, test: int | None = None) -> Splits:
-        """Return the splits cut to so many images each, all classes equally often; None keeps all."""
+        """Return so many images of each split, equally many of each class; None keeps all."""
         val_split = self.val and self.val.head(val)
         return replace(self, train=self.train.head(train), val=val_split, test=self.test.head(test))
 
@@ -197,7 +198,7 @@ def load_cifar10(root: str | Path | None = None, *, synthetic: bool = False) -> 
     synthetic = synthetic or run_size() == "smoke"
     if not synthetic and (problems := on_first_process(lambda: download_cifar10(root))):
         print(106 * "#", NO_SOURCE, 106 * "#", problems, sep="\n")
-        synthetic, TRAIN = True, TRAIN or "quick"  # what ships was trained on CIFAR-10
+        synthetic, TRAIN = True, "quick" if TRAIN in ("", "0") else TRAIN  # what ships was trained on CIFAR-10
     if synthetic:
         return make_splits(*draw_synthetic(), "synthetic", SYNTHETIC_CLASSES)
     parts = [DATA_SET(root, train=train) for train in (True, False)]
@@ -207,7 +208,7 @@ def load_cifar10(root: str | Path | None = None, *, synthetic: bool = False) -> 
 
 def make_splits(images: Tensor, labels: Tensor, source: str, classes: tuple[str, ...]) -> Splits:
     """Split images, uint8 [60000, 3, 32, 32]: the last 10,000 are for testing, 500 of each class for validation."""
-    generator, train_labels = np.random.RandomState(2009), labels[:50_000].numpy()  # its stream is frozen for good
+    generator, train_labels = np.random.RandomState(2009), labels[:50_000].numpy()  # its stream never changes
     val = np.concatenate([generator.permutation(np.flatnonzero(train_labels == c))[:500] for c in range(10)])
     part = torch.zeros(60_000, dtype=torch.int64)  # 0: train, 1: val, 2: test
     part[torch.from_numpy(val)], part[50_000:] = 1, 2
@@ -232,7 +233,7 @@ class Augmentation:
     crop: pixels of mirrored border added on each side before a random 32 x 32 crop
     flip: "random" mirrors half of the images; "alternating" mirrors each image in every second epoch
         (Jordan, 2024, https://arxiv.org/abs/2404.00498)
-    rotation: up to so many degrees to either side
+    rotation: largest angle in degrees, to either side
     brightness, contrast, saturation: factors from 1 - value to 1 + value
     cutout: side in pixels of a square set to the mean colour (DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552)
     """
@@ -301,9 +302,8 @@ def batches(split: Split, batch_size: int, *, augmentation: Augmentation | None 
             part=(0, 1)) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
-    Without a seed, for validation and test: in order, unchanged, the short last batch included.
-    With one: shuffled and augmented by random numbers that depend on seed and epoch alone; a last batch that would be
-    short is dropped (other images every epoch), unless it is the only one.
+    Without a seed, for validation and test: in order, with a short last batch. With one: shuffled and augmented by
+    random numbers that depend on seed and epoch alone; a short last batch is dropped, unless it is the only one.
     part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """
     count, device = len(split), split.images.device
@@ -366,7 +366,7 @@ class Muon(torch.optim.Optimizer):
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 OPTIMIZERS |= {"muon": Muon, "normalized_muon": functools.partial(Muon, normalize=True)}
 # From a record's dict, or from an Augmentation of before this module was loaded again.
-REBUILT = BeforeValidator(lambda a: Augmentation(**(a if isinstance(a, dict) else asdict(a))))
+REBUILT = BeforeValidator(lambda a: a and Augmentation(**(a if isinstance(a, dict) else asdict(a))))
 
 
 @checked_dataclass(frozen=True, config=CHECKED)
@@ -374,13 +374,13 @@ class Recipe:
     """Everything that decides how a model is trained; plain values, so that it can be written down as JSON.
 
     optimizer_args: further arguments of the torch class, for example {"momentum": 0.9, "weight_decay": 5e-4}
-    overrides: other values for the parameters whose name fits a pattern (the last that fits wins), for example
+    overrides: other values for the parameters whose name fits a pattern (later patterns win), for example
         {"*.bias": {"weight_decay": 0.0}}; or another optimizer, with its own arguments, for example
         {"*.bank": {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.1}}
     schedule, stepped once per batch: "constant"; "step" with {"epochs": 10, "gamma": 0.1}; "cosine", down to zero;
-        "onecycle" with the arguments of torch's OneCycleLR (the learning rate is the maximum)
+        "onecycle" with the arguments of torch's OneCycleLR (learning_rate is the maximum; it moves the momentum, too)
     weight_averaging: decay per step of an exponential moving average of the weights, which is then evaluated and kept
-    image_sides: edge lengths, one for each of equal parts of the training, to which its images are scaled down
+    image_sides: edge lengths to which the training images are scaled down, each for an equal share of the epochs
     """
 
     epochs: int = Field(ge=1)
@@ -507,7 +507,7 @@ class Run:
 
 def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *, run: str, seed=0, watch=False,
         probe=None, plot=True, device=None, identity: str = "") -> Run:  # fmt: skip
-    """Train a model, or go on after the last epoch in the run store, which may be the last of all.
+    """Train a model, or go on after the last stored epoch, or load the finished run.
 
     build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
         [N, 10]; it is called under the seed, so the first weights belong to the seed too
@@ -532,7 +532,7 @@ def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *,
             if not find_finished(this):  # another process may have ended it just now
                 figure = train(this, model, splits, watch, probe, plot, device)
     if plot:
-        show(plot_history(this.history, recipe.epochs, this.title), alt=CURVES, handle=figure)
+        show(plot_history(this.history, recipe.epochs, this.title, recipe.epochs), alt=CURVES, handle=figure)
     return this
 
 
@@ -565,7 +565,7 @@ def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: 
 
 
 def train_epoch(training: Training, split: Split, seed: int, epoch: int, progress: Progress) -> None:
-    """Train for one epoch and log it: the loop that all of this file is about."""
+    """Train for one epoch and log it."""
     recipe, history, batch_size = training.recipe, training.history, training.batch_size
     (rank, count), device, losses, start = processes(), split.images.device, [], time.perf_counter()
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -584,7 +584,7 @@ def train_epoch(training: Training, split: Split, seed: int, epoch: int, progres
         training.step(loss)
         losses.append(sum_over_processes(loss.detach()) / count)
         correct += (logits.detach().argmax(1) == labels).sum()
-        if progress.update(batch_size) or step == training.steps:  # now and then: a GPU waits where a loss is read
+        if progress.update(batch_size) or step == training.steps:  # now and then: reading a loss makes a GPU wait
             history.step_loss += torch.stack(losses).tolist()
             losses.clear()
             progress.show(correct.item() * count / (step * batch_size))
@@ -624,7 +624,7 @@ class Training:
         self.optimizers = build_optimizers(model, recipe)
         self.schedulers = [build_scheduler(optimizer, recipe, self.steps) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # the scaler may leave out a first step
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler")  # the scaler may skip the first step
         self.parts = [model, *self.optimizers, *self.schedulers, self.scaler]
         self.averaged, self.result = None, model  # what is evaluated and kept
         if recipe.weight_averaging is not None:
@@ -636,7 +636,7 @@ class Training:
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # gates skip some
 
     def step(self, loss: Tensor) -> None:
-        """Compute the gradients, and move the weights and all that follows them."""
+        """Compute the gradients; update weights, learning rates and the average of the weights."""
         self.scaler.scale(loss).backward()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -654,11 +654,12 @@ class Training:
         return {"training": [part.state_dict() for part in self.parts]}
 
     def restore(self, stored: dict) -> None:
-        """Go on where a stored run is."""
+        """Take up the state of an unfinished run."""
         for part, state in zip(self.parts, stored["training"], strict=True):
-            if isinstance(part, torch.optim.Optimizer):  # JSON turned its numbers of parameters into text
+            if isinstance(part, torch.optim.Optimizer):  # JSON turned its parameter numbers into text
                 state["state"] = {int(number): value for number, value in state["state"].items()}
-            part.load_state_dict(state)
+            if state:  # that of a scaler which was not needed is empty
+                part.load_state_dict(state)
         self.history = History(**stored["history"])
 
 
@@ -691,7 +692,7 @@ class Progress(tqdm):
         text += f", val {history.val_top1[-1]:.1%}" if history.val_top1 else ""
         self.set_postfix_str(f"{text}, learning rate {history.step_learning_rate[-1]:.2g}")
         if self.plot and start > self.next_figure:
-            figure = plot_history(history, self.run.recipe.epochs, self.run.title)
+            figure = plot_history(history, self.run.recipe.epochs, self.run.title, len(history.step_loss) / self.steps)
             self.figure = show(figure, alt=CURVES, handle=self.figure)
             self.next_figure = time.monotonic() + max(5.0, 50 * (time.monotonic() - start))
 
@@ -778,11 +779,11 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
     return display(Image(buffer.getvalue(), format="png", metadata={"alt": alt}), **place)
 
 
-def plot_history(history: History, epochs: int, title: str) -> Figure:
-    """Return a figure of one run: loss of every batch, and accuracy after every epoch."""
+def plot_history(history: History, epochs: int, title: str, done: float) -> Figure:
+    """Return a figure of one run, of which so many epochs are `done`: loss of every batch, accuracy of every epoch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    loss = pd.Series(history.step_loss, np.linspace(0, len(history.seconds) or 1, len(history.step_loss)), dtype=float)
+    loss = pd.Series(history.step_loss, np.linspace(0, done, len(history.step_loss)), dtype=float)
     left.plot(loss, color="C0", alpha=0.25, linewidth=0.7, label="each batch")
     left.plot(loss.rolling(max(5, len(loss) // 50), min_periods=1).mean(), color="C0", label="moving mean")
     left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, max(2.5, loss.quantile(0.99))))
@@ -806,7 +807,7 @@ def record(runs: Sequence[Run], splits: Splits, *, notebook: str, system=None, p
     It goes to report/results/<run's name>.json after a `full` run on real CIFAR-10 with the environment variable
     RECORD=1, else to build/results/. Accuracies are fractions; `train_flops` are those of one seed.
     tta: returns, for a model, one with test-time augmentation, to be evaluated as well, unless the run is in a record
-    ship: a committed record takes the weights of the first run with it, to report/runs/, in half precision
+    ship: with a committed record, put the weights of the first run into report/runs/, in half precision
     """
     first, folder, name = runs[0], output_dir(splits.source), runs[0].name.replace("/", "_")
     if {(run.name, run.identity, run.source) for run in runs} != {(first.name, first.identity, splits.source)}:
@@ -978,7 +979,7 @@ def make_model(build_model: Callable[[], nn.Module], seed: int, device: torch.de
 
 @contextmanager
 def seeded(device: torch.device, seed: int, *key: int) -> Iterator[None]:
-    """Seed the random numbers of torch, NumPy and Python; afterwards the caller's go on as if nothing had happened."""
+    """Seed the random numbers of torch, NumPy and Python; afterwards, restore the caller's."""
     seed = make_generator(seed, *key).initial_seed() if key else seed
     with torch.random.fork_rng([device] if device.type == "cuda" else []), ExitStack() as after:
         after.callback(random.setstate, random.getstate())
@@ -1132,7 +1133,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 # Notebooks ------------------------------------------------------------------------------------------------------------
 def models_of(notebook: str) -> types.ModuleType:
-    """Run the cells tagged `model` of another notebook, which may have any name beside this file; return the module."""
+    """Run the cells tagged `model` of a notebook; return the module. Beside this file it may have any name."""
     places, heading = (ROOT / "notebooks" / f"{notebook}.ipynb", *ROOT.glob("*.ipynb")), f'"# {int(notebook[:2])}. '
     path = next((path for path in places if path.exists() and heading in path.read_text(encoding="utf-8")), None)
     if path is None:

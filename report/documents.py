@@ -187,7 +187,7 @@ def plot_baseline_confusion(records: Records, _) -> Figure:
 
 def plot_networks(records: Records, _) -> Figure:
     """Return the validation curves of the networks that were trained with the common recipe."""
-    labels = {name.removeprefix("02_"): content for name, content in records.items()}
+    labels = {"basic network" if name == "02_basic" else name[3:].upper(): r for name, r in records.items()}
     figure = baseline.plot_curves(labels, "val_top1", "Six networks, one recipe")
     last = [entry["history"]["val_top1"][-1] for content in records.values() for entry in content["seeds"]]
     figure.axes[0].set_ylim(bottom=max(0, 100 * min(last) - 25))  # a dip may leave the picture
@@ -256,7 +256,7 @@ PLOTS = {
     ),
     "02_entropy": Plot("02_s[14]", plot_entropy, "Normalised entropy of each gate of S1 and S4 over the epochs"),
     "accuracy_cost": Plot(
-        "(?!.*(_(ablation|ladder|recipe)_|_twin$)).*",
+        "(?!.*(_(ablation|ladder|long|recipe)_|_twin$)).*",
         plot_cost,
         "Test accuracy against training cost on a logarithmic axis: our networks, and airbench's speed records",
         always=True,
@@ -365,7 +365,7 @@ def headline_markdown(records: Records) -> str:
             {entry["seed"]: 100 * entry.get("test_top1_tta", np.nan) for entry in records[name]["seeds"]}
             for name in ("03_fast", "03_fast_plain")
         )
-        lines.append(f"In *fast*, the experts change the accuracy by {difference(first, other)} points.")
+        lines.append(f"In *fast*, the experts change it by {difference(first, other)} points.")
     return " ".join(lines) or "No training has been recorded yet."
 
 

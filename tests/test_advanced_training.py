@@ -16,7 +16,7 @@ def models():
     return utils.models_of("03_advanced_training")
 
 
-BOTH = {"norm": True, "se": True, "dropout": 0.1, "drop_path": 0.1}
+BOTH = {"norm": True, "se": True, "dropout": 0.1, "skip": True}
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,9 @@ def test_mixture_equals_the_formula(models):
         torch.testing.assert_close(mixed, a[0] * wide + a[1] * cheap)
 
 
-def test_stochastic_depth_keeps_the_expectation(models):
-    layer = models.StochasticDepth(nn.Identity(), p=0.25)
-    y = layer(torch.ones(100_000, 1, 1, 1))
-    torch.testing.assert_close(y.unique(), torch.tensor([1, 1 + 1 / 0.75]))
-    assert y.mean().item() == pytest.approx(2, abs=0.02)
-    assert torch.equal(layer.eval()(torch.ones(2, 1, 1, 1)), torch.full((2, 1, 1, 1), 2.0))
+def test_a_skip_adds_the_input(models):
+    x = torch.randn(2, 5, 6, 6)
+    torch.testing.assert_close(models.Skip(conv := nn.Conv2d(5, 5, 3, padding=1), nn.ReLU())(x), x + conv(x).relu())
 
 
 def test_linear_gate_and_plain_convolution_in_a_mixtures_place(models):
@@ -76,7 +73,7 @@ def test_one_argument_restores_the_basic_block(models):
         outputs = [nn.functional.conv2d(image[None], *kernel, padding=1)[0] for kernel in kernels]
         torch.testing.assert_close(mixed, sum(weight * y for weight, y in zip(a, outputs, strict=True)))
     kinds = {type(module).__name__ for module in models.ExpertNet(mixture=models.parts.BasicMixture).modules()}
-    assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "StochasticDepth"}
+    assert "BasicGate" in kinds and not kinds & {"Mixture", "BatchNorm2d", "SE", "Dropout2d", "Skip"}
 
 
 @pytest.mark.parametrize("gate", ["Mixture", "LinearMixture"])

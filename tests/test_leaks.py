@@ -50,10 +50,8 @@ def train() -> str:
         if call in (3, 9):
             seen["one"].append(look())
 
-    with (
-        patch.multiple(my_utils.Progress, show=impatient, update=lambda *_: False),
-        each_forward(measure, training=False),
-    ):
+    often = patch.multiple(my_utils.Progress, show=impatient, update=lambda *_: False)
+    with often, each_forward(measure, training=False):
         run = my_utils.fit(Tiny, splits, recipe(epochs=10, **changes), run="test/long")
     for number in range(6):
         my_utils.fit(Tiny, splits, recipe(**changes), run="test/short", seed=number % 5)  # the last is loaded

@@ -232,10 +232,8 @@ def test_network(models):
 @pytest.fixture(scope="module")
 def pictures():
     """A function that shows the files in PICTURES, as the cells of notebook 03 do, and returns the images taken."""
-    reader, chooser = (
-        next(cell.source for cell in code_cells(NOTEBOOKS / "03_advanced_training.ipynb") if text in cell.source)
-        for text in ("def read_picture", "PICTURES = []")
-    )
+    sources = [cell.source for cell in code_cells(NOTEBOOKS / "03_advanced_training.ipynb")]
+    reader, chooser = (next(s for s in sources if text in s) for text in ("def read_picture", "PICTURES = []"))
     chooser = chooser.split("chosen =")[0]
 
     def take(pictures):

@@ -28,8 +28,8 @@ def record_of(*curves):
 
 RECORDS = {"one": record_of([0.1, 0.3], [0.2, 0.5]), "two": record_of([0.6, 0.7])}
 FIGURES = {
-    "history": partial(utils.plot_history, HISTORY, 2),
-    "empty history": partial(utils.plot_history, History(), 2),
+    "history": partial(utils.plot_history, HISTORY, 2, done=2),
+    "empty history": partial(utils.plot_history, History(), 2, done=0),
     "curves": partial(baseline.plot_curves, RECORDS, "val_top1"),
     "confusion": partial(baseline.plot_confusion, np.eye(10), CIFAR10_CLASSES),
 }

@@ -162,6 +162,15 @@ def test_interrupted_in_every_epoch_ends_with_the_same_bits(splits, store, setti
         assert_same(again(), reference)
 
 
+def test_a_run_begun_in_float32_goes_on_in_float16(splits, store, monkeypatch):
+    settings, stop = recipe(precision="auto", learning_rate=1e-4), lambda call, *_: interrupt() if call == 4 else None
+    with each_forward(stop), pytest.raises(KeyboardInterrupt):
+        fit(Tiny, splits, settings)
+    monkeypatch.setattr(my_utils, "pick_precision", lambda *_: torch.float16)
+    with training_steps(4):
+        fit(Tiny, splits, settings)
+
+
 def bad_gradient(logits):
     """Return the same logits with a gradient that is no number."""
     return logits + 0 * (logits - logits.detach()).sqrt()
@@ -187,9 +196,6 @@ def test_what_stops_a_training_leaves_the_epochs_before(splits, store, whole, ca
     assert f"after epoch {epochs + 1}" not in capsys.readouterr().out
     with training_steps(12 - 4 * epochs):
         assert_same(fit(Tiny, splits, recipe(epochs=3)), whole)
-
-
-# --- Two at once ---
 
 
 def test_a_run_that_another_process_ends_just_before_the_lock_is_free_is_loaded(splits, whole, copied, monkeypatch):

@@ -202,7 +202,7 @@ def test_settings_that_would_do_nothing_or_break_later_are_refused(splits, setti
     assert not calls
 
 
-WRONG = [("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", "128"), ("learning_rate", math.nan)]
+WRONG = [("epochs", 0), ("epochs", 1.5), ("augmentation", None), ("batch_size", "128"), ("learning_rate", math.nan)]
 WRONG += [("learning_rate", -0.1), ("optimizer", "lion"), ("momentum", 0.9), ("overrides", {"*.bias": 0.0})]
 WRONG += [("label_smoothing", 1.0), ("image_sides", []), ("image_sides", [33]), ("precision", "half")]
 
@@ -245,6 +245,15 @@ def test_16_bits_where_they_are_fast(monkeypatch, device, found, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # what torch says of a T4, too
     monkeypatch.setattr(utils, "CPU", found)
     assert [utils.pick_precision(wanted, device) for wanted in ("auto", "float32")] == [expected, torch.float32]
+
+
+def test_the_set_up_cell_can_be_changed_and_run_again(store, monkeypatch):
+    monkeypatch.delenv("RUN_SIZE", raising=False)
+    for train, size in (("quick", "quick"), (False, "full")):
+        utils.describe_setup(train)
+        assert (utils.run_size(), utils.replaying()) == (size, not train)
+    with pytest.raises(ValueError, match="Full"):
+        utils.describe_setup("Full")
 
 
 @pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
