@@ -13,7 +13,7 @@ import torch
 import my_utils as utils
 
 PATHS = sorted((utils.ROOT / "notebooks").glob("*.ipynb"))
-load = functools.cache(utils.load_cifar10)  # what is loaded once is the same for all notebooks
+load = functools.cache(utils.load_cifar10)  # the same for all notebooks
 DATA = Path(os.environ.get("CIFAR10_ROOT") or utils.ROOT / "data")
 
 
@@ -37,7 +37,7 @@ def test_every_record_is_found(path, store, monkeypatch):
     for name, stand_in in {"train": train, "predict": few, "load_cifar10": load}.items():
         monkeypatch.setattr(utils, name, stand_in)
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    last = max(number for number, cell in enumerate(cells) if "utils.record(" in cell.source)
+    last = max(n for n, cell in enumerate(cells) if "utils.record(" in cell.source or "train_study(" in cell.source)
     notebook = {"__name__": "__main__"}
     for cell in cells[: last + 1]:
         folded = "jupyter" in cell.metadata and "model" not in cell.metadata.get("tags", [])
