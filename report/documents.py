@@ -365,7 +365,7 @@ def headline_markdown(records: Records) -> str:
             {entry["seed"]: 100 * entry.get("test_top1_tta", np.nan) for entry in records[name]["seeds"]}
             for name in ("03_fast", "03_fast_plain")
         )
-        lines.append(f"In *fast*, the experts change it by {difference(first, other)} points.")
+        lines.append(f"In *fast*, the experts change the test accuracy by {difference(first, other)} points.")
     return " ".join(lines) or "No training has been recorded yet."
 
 
