@@ -51,7 +51,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 # Set-up: run size, device, precision ----------------------------------------------------------------------------------
 torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38, such as the gradients of a shut gate
 
-# glibc hands the memory of large tensors back to Linux, which clears it again: this takes a third of a large CPU step.
+# glibc hands the memory of large tensors back to Linux, which clears it before reuse: a third of a large CPU step.
 if platform.libc_ver()[0] == "glibc":
     for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h>, see `man mallopt`
         ctypes.CDLL(None).mallopt(option, value)
@@ -302,7 +302,7 @@ def batches(split: Split, batch_size: int, *, augmentation: Augmentation | None 
             part=(0, 1)) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield (images float32 [B, 3, 32, 32] with zero mean and unit deviation, labels int64 [B]) on the split's device.
 
-    Without a seed, for validation and test: in order, with a short last batch. With one: shuffled and augmented by
+    Without a seed, for validation and test: in order; the last batch may be short. With one: shuffled and augmented by
     random numbers that depend on seed and epoch alone; a short last batch is dropped, unless it is the only one.
     part: (k, n) yields the k-th of n nearly equal parts of each batch, with the random numbers of the whole batch.
     """

@@ -202,8 +202,8 @@ def test_settings_that_would_do_nothing_or_break_later_are_refused(splits, setti
     assert not calls
 
 
-WRONG = [("epochs", 0), ("epochs", 1.5), ("augmentation", None), ("batch_size", "128"), ("learning_rate", math.nan)]
-WRONG += [("learning_rate", -0.1), ("optimizer", "lion"), ("momentum", 0.9), ("overrides", {"*.bias": 0.0})]
+WRONG = [*(("epochs", n) for n in (0, 1.5, True)), *(("learning_rate", r) for r in (math.nan, -0.1)), ("momentum", 0.9)]
+WRONG += [("augmentation", None), ("batch_size", "128"), ("optimizer", "lion"), ("overrides", {"*.bias": 0.0})]
 WRONG += [("label_smoothing", 1.0), ("image_sides", []), ("image_sides", [33]), ("precision", "half")]
 
 
