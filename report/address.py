@@ -70,7 +70,7 @@ def colab_markdown(root: Path, address: str) -> str:
             "To get badges that open the notebooks, run `python report/build.py --address` in a clone from GitHub.\n"
             "\n"
             "Without them, choose File > Upload notebook; the set-up cell then asks for `my_utils.py` and the earlier\n"
-            "notebooks, all at once."
+            "notebooks, all at once. The finished runs are missing then, so it trains as with `TRAIN = True`."
         )
     return "\n".join(badge(address, path.stem) for path in notebooks(root))
 

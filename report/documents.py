@@ -227,7 +227,9 @@ def plot_cost(records: Records, published: dict) -> Figure:
         centred = {"xytext": (0, -17 if twice else 7), "ha": "center"}
         place = centred if name.startswith("03") else {"xytext": (6, -11)}
         place = {"xytext": (-9, -4), "ha": "right"} if name == "03_fast_plain" else place  # where fast is, too
-        axes.annotate(name[3:], (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
+        shown = name[3:].replace("_published", ", its recipe").replace("_plain", ", no experts")
+        shown = re.sub("^s(?=[0-9])", "S", shown)
+        axes.annotate(shown, (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
         if twice:
             better = 100 * np.mean([entry["test_top1_tta"] for entry in content["seeds"]])
             axes.plot(pflop, better, "o", color=colour, fillstyle="none", label=labels.pop("tta", None))
@@ -359,13 +361,13 @@ def headline_markdown(records: Records) -> str:
     if gates and set(controls.values()) <= study.keys():
         best = max(gates.values(), key=lambda top1: np.mean(list(top1.values())))
         gains = [f"{difference(best, study[control])} points at equal {what}" for what, control in controls.items()]
-        lines.append(f"In notebook 02's study (validation), the best gate adds {', '.join(gains)} (95 % intervals).")
+        lines.append(f"In notebook 02's study (validation, 95 % intervals), the best gate adds {', '.join(gains)}.")
     if {"03_fast", "03_fast_plain"} <= records.keys():
         first, other = (
             {entry["seed"]: 100 * entry.get("test_top1_tta", np.nan) for entry in records[name]["seeds"]}
             for name in ("03_fast", "03_fast_plain")
         )
-        lines.append(f"In *fast*, the experts change the test accuracy by {difference(first, other)} points.")
+        lines.append(f"In *fast*, the experts change the test accuracy with TTA by {difference(first, other)} points.")
     return " ".join(lines) or "No training has been recorded yet."
 
 
@@ -375,8 +377,7 @@ def difference(first: Mapping[int, float], other: Mapping[int, float]) -> str:
     half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs) if len(pairs) > 1 else np.nan
     if not pairs:
         return "-"
-    mean = round(float(np.mean(pairs)), 1) + 0.0  # which makes 0.0 of -0.0
-    return f"{mean:+.1f} ± {half:.1f}".replace("-", "−")
+    return f"{np.mean(pairs):+.2f} ± {half:.2f}".replace("-", "−")
 
 
 def results_markdown(records: Records, titles: Mapping[str, str]) -> str:
