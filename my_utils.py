@@ -316,7 +316,7 @@ def batches(split: Split, batch_size: int, *, augmentation: Augmentation | None 
         draws = {name: value.to(device) for name, value in augmentation.draw(count, seed, epoch).items()}
     for start in range(0, end, batch_size):
         index = order[start : start + batch_size].tensor_split(part[1])[part[0]]
-        images = split.images[index].float().div_(255)
+        images = split.images.index_select(0, index).float().div_(255)
         if augmentation is not None:
             images = augmentation(images, {name: value[index] for name, value in draws.items()}, mean)
         yield (images - mean).mul_(scale), split.labels[index]
