@@ -141,8 +141,9 @@ def _contradictions(content: dict, name: str) -> list[str]:
 
 
 def read_published(report: Path) -> dict:
-    """Return what others published: the five systems, each with our records of it, and the speed records."""
-    return json.loads((report / "published.json").read_text(encoding="utf-8"))
+    """Return what others published, the five systems and the speed records, and the titles of our own records."""
+    published, titles = (json.loads((report / f"{name}.json").read_text("utf-8")) for name in ("published", "titles"))
+    return published | {"titles": titles}
 
 
 def digest(content) -> str:
@@ -217,6 +218,8 @@ def plot_cost(records: Records, published: dict) -> Figure:
     colours = dict(zip(("01", "02", "03"), sns.color_palette("colorblind", 3), strict=True))
     labels = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
     labels["tta"] = "with test-time augmentation, as the stars"
+    left, right, high = {"xytext": (-9, -4), "ha": "right"}, {"xytext": (9, -4)}, {"xytext": (0, 12), "ha": "center"}
+    crowded = {"03_fast_plain": left, "03_s1": left, "03_s4": right, "03_s0": high, "02_s4_published": high}
     for name, content in records.items():
         top1 = [100 * entry["test_top1"] for entry in content["seeds"]]
         error = np.std(top1, ddof=1) if len(top1) > 1 else None
@@ -226,10 +229,9 @@ def plot_cost(records: Records, published: dict) -> Figure:
         twice = all("test_top1_tta" in entry for entry in content["seeds"])  # two points, the label below them
         centred = {"xytext": (0, -17 if twice else 7), "ha": "center"}
         place = centred if name.startswith("03") else {"xytext": (6, -11)}
-        place = {"xytext": (-9, -4), "ha": "right"} if name == "03_fast_plain" else place  # where fast is, too
-        shown = name[3:].replace("_published", ", its recipe").replace("_plain", ", no experts")
-        shown = re.sub("^s(?=[0-9])", "S", shown)
-        axes.annotate(shown, (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
+        place = crowded.get(name, place)
+        title = published["titles"].get(name, name)
+        axes.annotate(title, (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
         if twice:
             better = 100 * np.mean([entry["test_top1_tta"] for entry in content["seeds"]])
             axes.plot(pflop, better, "o", color=colour, fillstyle="none", label=labels.pop("tta", None))
@@ -272,7 +274,7 @@ def _used(plot: Plot, records: Records) -> dict[str, dict]:
 
 def _figure_digest(plot: Plot, records: Records, published: dict) -> str:
     used = _used(plot, records)
-    return digest([used, published["speed_records"]] if plot.always else used)
+    return digest([used, published["speed_records"], published["titles"]] if plot.always else used)
 
 
 def build_figures(root: Path, records: Records) -> None:
@@ -397,7 +399,7 @@ def fill_readme(root: Path, records: Records) -> str:
     """Return the README with what stands between its markers made anew."""
     text = (root / "README.md").read_text(encoding="utf-8")
     place = address.read_address(root)
-    titles = json.loads((root / "report" / "titles.json").read_text(encoding="utf-8"))
+    titles = read_published(root / "report")["titles"]
     contents = {"results": results_markdown(records, titles), "colab": address.colab_markdown(root, place)}
     for name, content in (contents | {"citation": address.citation_markdown(place)}).items():
         start, end = f"<!-- {name}: written by report/build.py -->\n\n", f"\n\n<!-- end of {name} -->"
