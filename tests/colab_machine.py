@@ -75,6 +75,7 @@ def publish(folder: Path) -> Path:
     """Clone what is committed into a new folder, as GitHub shows it: with a branch, which is the default."""
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
     subprocess.run(["git", "-C", folder, "checkout", "--quiet", "-B", BRANCH], check=True)
+    subprocess.run(["git", "-C", folder, "config", "uploadpack.allowFilter", "true"], check=True)
     return folder
 
 

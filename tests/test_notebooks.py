@@ -281,15 +281,19 @@ def test_grey_levels_are_scaled_and_more_than_16_bits_refused(pictures, tmp_path
 # The set-up cell, on Colab and elsewhere
 
 STAND_IN = '"""Stands in for my_utils.py."""\n\n\ndef fit(): pass\n'
+OPENED = ("my_utils.py", "notebooks/01_a.ipynb", "notebooks/02_b.ipynb", "report/results/02_b.json")
+OPENED += ("report/runs/01_a-seed0.safetensors",)
+NOT_OPENED = ("README.md", "tests/my_utils.py", "report/report.pdf", "report/runs/02_b-seed0.safetensors")
 AFTER = "\nprint('FOUND', pathlib.Path(utils.__file__).resolve())\n"
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Colab is a Linux machine")
 
 
 def test_setup_cell_is_short_and_everywhere_the_same():
     lines = setup_source(BASELINE).splitlines()
-    assert len(lines) <= 17 and max(map(len, lines)) <= 88
+    assert len(lines) <= 21 and max(map(len, lines)) <= 88
     for path in PATHS:
-        assert setup_source(path) == code_cells(path)[0].source == setup_source(BASELINE)
+        expected = setup_source(BASELINE).replace("runs/01*", f"runs/{path.name[:2]}*")
+        assert setup_source(path) == code_cells(path)[0].source == expected
 
 
 @pytest.fixture
@@ -298,7 +302,10 @@ def public(tmp_path) -> Path:
     folder = tmp_path / "public"
     git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a"]
     subprocess.run(["git", "init", "--quiet", folder], check=True)
-    (folder / "my_utils.py").write_text(STAND_IN)
+    subprocess.run([*git, "config", "uploadpack.allowFilter", "true"], check=True)  # as GitHub does
+    for name in (*OPENED, *NOT_OPENED):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{STAND_IN}\n# {name}\n")
     subprocess.run([*git, "checkout", "--quiet", "-b", colab_machine.BRANCH], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
@@ -338,6 +345,17 @@ def test_colab_fetches_the_series_from_where_the_notebook_was_opened(run, tmp_pa
         result = run(tmp_path / "content", repository="https://github.com/not/asked")
     assert "objects: 100%" in result.stdout
     assert result.stderr == "" and result.stdout.endswith(f": {'done':79}\n" + found(tmp_path / "content"))
+
+
+@on_linux
+def test_colab_fetches_what_the_notebook_opens_and_no_more(run, tmp_path):
+    content = tmp_path / "content"
+    run(content, repository=colab_machine.REPOSITORY)
+    files = [path.relative_to(content) for path in content.rglob("*") if path.is_file()]
+    assert {str(path) for path in files if path.parts[0] not in (".git", "__pycache__")} == set(OPENED)
+    command = ["git", "-C", content, "rev-list", "--objects", "--missing=print", "HEAD"]
+    objects = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert sum(line.startswith("?") for line in objects) == len(NOT_OPENED)  # not even downloaded
 
 
 ANSWERS = {"missing": ("not found", 404, 0), "page": ("<html>//github.com/a/b/notebooks</html>", 200, 0)}
