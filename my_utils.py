@@ -780,11 +780,11 @@ def show(figure: Figure, *, alt: str, handle=None, save: str | None = None, runs
 
 
 def plot_history(history: History, epochs: int, title: str, done: float) -> Figure:
-    """Return a figure of one run, of which so many epochs are `done`: loss of every batch, accuracy of every epoch."""
+    """Return a figure of one run, of which so many epochs are `done`: loss by batch, accuracy by epoch."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = pd.Series(history.step_loss, np.linspace(0, done, len(history.step_loss)), dtype=float)
-    left.plot(loss, color="C0", alpha=0.25, linewidth=0.7, label="each batch")
+    left.plot(loss, color="C0", alpha=0.4, linewidth=0.7, label="batches")
     left.plot(loss.rolling(max(5, len(loss) // 50), min_periods=1).mean(), color="C0", label="moving mean")
     left.set(xlabel="epoch", ylabel="loss (nats)", xlim=(0, epochs), ylim=(0, max(2.5, loss.quantile(0.99))))
     labels = {"train": "train (augmented, running)", "val": "validation", "test": "test (watched)"}
