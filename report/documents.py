@@ -225,8 +225,7 @@ def plot_cost(records: Records, published: dict) -> Figure:
         axes.errorbar(pflop, np.mean(top1), error, fmt="o", color=colour, capsize=3, label=label)
         twice = all("test_top1_tta" in entry for entry in content["seeds"])  # two points, the label below them
         centred = {"xytext": (0, -17 if twice else 7), "ha": "center"}
-        place = centred if name.startswith("03") else {"xytext": (6, -11)}
-        place = crowded.get(name, place)
+        place = crowded.get(name, centred if name.startswith("03") else {"xytext": (6, -11)})
         title = published["titles"].get(name, name)
         axes.annotate(title, (pflop, np.mean(top1)), **place, textcoords="offset points", fontsize="small")
         if twice:

@@ -73,9 +73,8 @@ def listing(answer: str, status: int = 200, wait: float = 0, archive: bytes = b"
 
 def publish(folder: Path) -> Path:
     """Clone what is committed into a new folder, as GitHub shows it: with a branch, which is the default."""
-    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    subprocess.run(["git", "clone", "--quiet", "-c", "uploadpack.allowFilter=true", ROOT, folder], check=True)
     subprocess.run(["git", "-C", folder, "checkout", "--quiet", "-B", BRANCH], check=True)
-    subprocess.run(["git", "-C", folder, "config", "uploadpack.allowFilter", "true"], check=True)
     return folder
 
 

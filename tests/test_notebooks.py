@@ -281,8 +281,7 @@ def test_grey_levels_are_scaled_and_more_than_16_bits_refused(pictures, tmp_path
 # The set-up cell, on Colab and elsewhere
 
 STAND_IN = '"""Stands in for my_utils.py."""\n\n\ndef fit(): pass\n'
-OPENED = ("my_utils.py", "notebooks/01_a.ipynb", "notebooks/02_b.ipynb", "report/results/02_b.json")
-OPENED += ("report/runs/01_a-seed0.safetensors",)
+OPENED = ("my_utils.py", "notebooks/02_b.ipynb", "report/results/02_b.json", "report/runs/01_a-seed0.safetensors")
 NOT_OPENED = ("README.md", "tests/my_utils.py", "report/report.pdf", "report/runs/02_b-seed0.safetensors")
 AFTER = "\nprint('FOUND', pathlib.Path(utils.__file__).resolve())\n"
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Colab is a Linux machine")
@@ -301,12 +300,11 @@ def public(tmp_path) -> Path:
     """A repository that stands for the one on GitHub, with a stand-in for my_utils.py."""
     folder = tmp_path / "public"
     git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a"]
-    subprocess.run(["git", "init", "--quiet", folder], check=True)
+    subprocess.run(["git", "init", "--quiet", "-b", colab_machine.BRANCH, folder], check=True)
     subprocess.run([*git, "config", "uploadpack.allowFilter", "true"], check=True)  # as GitHub does
     for name in (*OPENED, *NOT_OPENED):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{STAND_IN}\n# {name}\n")
-    subprocess.run([*git, "checkout", "--quiet", "-b", colab_machine.BRANCH], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
     return folder
@@ -340,17 +338,12 @@ def found(folder: Path) -> str:
 
 
 @on_linux
-def test_colab_fetches_the_series_from_where_the_notebook_was_opened(run, tmp_path):
-    with colab_machine.listing(colab_machine.session("02_intermediate_blocks")):
-        result = run(tmp_path / "content", repository="https://github.com/not/asked")
-    assert "objects: 100%" in result.stdout
-    assert result.stderr == "" and result.stdout.endswith(f": {'done':79}\n" + found(tmp_path / "content"))
-
-
-@on_linux
-def test_colab_fetches_what_the_notebook_opens_and_no_more(run, tmp_path):
+def test_colab_fetches_what_the_notebook_opens_from_where_it_was_opened(run, tmp_path):
     content = tmp_path / "content"
-    run(content, repository=colab_machine.REPOSITORY)
+    with colab_machine.listing(colab_machine.session("02_intermediate_blocks")):
+        result = run(content, repository="https://github.com/not/asked")
+    assert "objects: 100%" in result.stdout
+    assert result.stderr == "" and result.stdout.endswith(f": {'done':79}\n" + found(content))
     files = [path.relative_to(content) for path in content.rglob("*") if path.is_file()]
     assert {str(path) for path in files if path.parts[0] not in (".git", "__pycache__")} == set(OPENED)
     command = ["git", "-C", content, "rev-list", "--objects", "--missing=print", "HEAD"]
