@@ -38,6 +38,8 @@ FAST = {"batch_size": 1000, "learning_rate": 53.0, "augmentation": utils.Augment
 FAST |= {"schedule": "onecycle", "schedule_args": {"pct_start": 0.03, "cycle_momentum": False, "div_factor": 10}}
 FAST |= {"optimizer_args": {"momentum": 0.85, "nesterov": True, "weight_decay": 4e-5}, "label_smoothing": 0.2}
 FAST |= {"overrides": {"*bank": MUON, "*.gate.*": ADAM, "head.*": HEAD}}
+STEPS = FAST | {"epochs": 9, "batch_size": 500, "image_sides": [24, 28, 32]}
+STEPS["overrides"] = {"*bank": MUON, "head.*": HEAD}
 # Jordan, 2024, in its current version with Muon: https://github.com/KellerJordan/cifar10-airbench
 AIRBENCH = FAST | {"epochs": 8, "batch_size": 2000, "learning_rate": 106.0}
 AIRBENCH["overrides"] = {"*bank": MUON | {"learning_rate": 0.24}, "head.*": HEAD | {"learning_rate": 1340.0}}
@@ -114,16 +116,13 @@ def measure(what: str, quick: bool) -> float:
         return importlib.import_module("resource").getrusage(0).ru_maxrss / unit
     filters = advanced.parts.whitening_filters(splits.train)
     fast = partial(advanced.ExpertNet, filters=filters, widths=(64, 256, 256), norm=True)
-    if what in ("steps", "airbench94"):
-        plain = what == "airbench94"  # whose network is the fast model's, without experts
+    if what in ("steps", "airbench94"):  # the same network
         switches = {"scale": False, "activation": torch.nn.GELU, "identity": True, "max_features": True}
-        mixture = advanced.Conv if plain else (advanced.Conv, advanced.Conv, advanced.LinearMixture)
-        switches |= {"small_logits": True, "mixture": mixture}
-        ours = FAST | {"epochs": 9, "batch_size": 500, "image_sides": [24, 28, 32]}
-        recipe = utils.Recipe(**AIRBENCH if plain else ours)
-        if plain:
+        switches |= {"small_logits": True, "mixture": advanced.Conv}
+        recipe = STEPS if what == "steps" else AIRBENCH
+        if recipe is AIRBENCH:
             utils.orthogonalize = partial(utils.orthogonalize, steps=3)
-        return seconds(partial(fast, **switches), recipe, 1 if quick else 5)
+        return seconds(partial(fast, **switches), utils.Recipe(**recipe), 1 if quick else 5)
     ready = partial(utils.batches, part.train, seed=0)
     return {
         "batches": lambda: read(utils.batches(splits.train, 128, augmentation=CROP_AND_FLIP, seed=0)),

@@ -2,6 +2,7 @@
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -95,11 +96,32 @@ def test_max_pooled_features_and_small_logits(models):
     assert network.head[2].bias is None and network.head[2].weight.std().item() == pytest.approx(1, abs=0.1)
 
 
+def run_cell(models, definition):
+    """Run the notebook's cell with this definition, up to where it is used."""
+    cells = nbformat.read(utils.ROOT / "notebooks" / "03_advanced_training.ipynb", as_version=4).cells
+    [source] = [cell.source for cell in cells if definition in cell.source]
+    exec(source.split("\n\n\nneeded")[0], vars(models))
+
+
+def test_gates_at_their_mean_weights(models, synthetic_splits):
+    models.pd = pd
+    run_cell(models, "def without_gates")
+    mixtures, split = (models.Conv, models.Conv, models.LinearMixture), synthetic_splits.val[:200]
+    network = models.ExpertNet((8, 8, 8), mixture=mixtures).eval()
+    nn.init.normal_((linear := network.blocks[2][4].gate.linear).weight, std=10)
+    table, [weights] = models.without_gates(network, split), models.parts.gate_weights(network, split)
+    expected = [100 * utils.evaluate(network, split).top1]
+    linear.weight.data.zero_()
+    for kept in (1.0, 1.0), (1.0, 0.0):
+        linear.bias.data = weights.mean(dim=0) * torch.tensor(kept)
+        expected.append(100 * utils.evaluate(network, split).top1)
+    assert table["top-1 %"].tolist() == pytest.approx(expected) and len(set(expected)) == 3
+    assert table["change"].tolist() == pytest.approx([top1 - expected[0] for top1 in expected])
+
+
 def test_test_time_augmentation_is_the_average_worked_out_by_hand(models, synthetic_splits):
     """A linear model takes a mirrored or moved image for another one."""
-    cells = nbformat.read(utils.ROOT / "notebooks" / "03_advanced_training.ipynb", as_version=4).cells
-    [source] = [cell.source for cell in cells if "class FlipTranslate" in cell.source]
-    exec(source, vars(models))
+    run_cell(models, "class FlipTranslate")
     model, split = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), synthetic_splits.val[:100]
     weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
     mean, std = (np.array(value).reshape(3, 1, 1) for value in (split.mean, split.std))
