@@ -67,10 +67,10 @@ def colab_markdown(root: Path, address: str) -> str:
     """Return the README's badges, or how to get them and how to do without."""
     if not address:
         return (
-            "To get badges that open the notebooks, run `python report/build.py --address` in a clone from GitHub.\n"
+            "You can also choose File > Upload notebook; the set-up cell then asks for `my_utils.py` and the earlier\n"
+            "notebooks, all at once. The finished runs are missing then, so it trains as with `TRAIN = True`.\n"
             "\n"
-            "Without them, choose File > Upload notebook; the set-up cell then asks for `my_utils.py` and the earlier\n"
-            "notebooks, all at once. The finished runs are missing then, so it trains as with `TRAIN = True`."
+            "To add badges that open the notebooks, run `python report/build.py --address` in a clone from GitHub."
         )
     return "\n".join(badge(address, path.stem) for path in notebooks(root))
 

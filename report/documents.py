@@ -367,7 +367,7 @@ def headline_markdown(records: Records) -> str:
             for name in ("03_fast_experts", "03_fast")
         )
         change = f"{difference(first, other)} points (95 % interval)"
-        lines.append(f"In *fast*, experts would change the test accuracy with TTA by {change}.")
+        lines.append(f"In *fast*, experts change the test accuracy with TTA by {change}.")
     return " ".join(lines) or "No training has been recorded yet."
 
 
