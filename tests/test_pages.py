@@ -118,8 +118,9 @@ def faults(browser, site):
         page.on("requestfailed", lambda request: problems.append(f"not loaded: {request.url}"))
         for path in sorted(site.glob("*.html")):
             page.goto(path.as_uri())
+            results = "[...document.querySelectorAll('.index table')].some(t => t.scrollWidth > t.clientWidth)"
             scroll = page.evaluate("document.documentElement.scrollWidth")
-            if scroll > width:
+            if scroll > width or page.evaluate(results):
                 problems.append(f"{path.name}: {scroll} px wide at {width} px")
             for alt, size in page.evaluate("[...document.images].map(i => [i.alt.trim(), i.naturalWidth])"):
                 if not alt or "No description" in alt or not size:
