@@ -1,7 +1,6 @@
 """What the notebooks share. The models are the lesson, so the notebooks build them. This file follows the data:
 
-load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json
-"""
+load_cifar10 -> Splits -> batches -> fit -> Run -> evaluate -> Evaluation -> record -> report/results/<name>.json"""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ def describe_setup(train: bool | str = False) -> None:
         raise ValueError(f'TRAIN is {TRAIN!r}; it must be False, True, "quick" or "full"')
     print(f"device    {describe_device()}, {str(pick_precision()).removeprefix('torch.')}")
     print("versions  " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    what = "replay: finished runs are loaded, others trained" if replaying() else "training"
-    print(f"run size  {run_size()}, {what}")
+    print("run size ", f"{run_size()},", "replay: loads finished runs, trains others" if replaying() else "training")
     if "COLAB_RELEASE_TAG" in os.environ and pick_device().type == "cpu":
         print("No GPU: choose Runtime > Change runtime type > T4 GPU, or go on slowly on the CPU.")
 
@@ -329,9 +327,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        # -4.7750 gram + 2.0315 gram², then 3.4445 x + polynomial x
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, polynomial, x, beta=3.4445)
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 gram + 2.0315 gram²
+        x = torch.addmm(x, polynomial, x, beta=3.4445)  # 3.4445 x + polynomial x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
@@ -506,7 +503,7 @@ class Run:
 
 
 def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *, run: str, seed=0, watch=False,
-        probe=None, plot=True, device=None, identity: str = "") -> Run:  # fmt: skip
+        probe=None, training=None, plot=True, device=None, identity: str = "") -> Run:  # fmt: skip
     """Train a model, or go on after the last stored epoch, or load the finished run.
 
     build_model: a class or function without arguments that returns the model for images [N, 3, 32, 32] and logits
@@ -514,6 +511,7 @@ def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *,
     run: name in the store, for example "01/baseline"
     watch: also log the test accuracy after each epoch, for a curve; nothing else depends on it
     probe: function of the model that returns numbers by name, logged after each epoch; rename it when you change it
+    training: a class derived from Training that learns from a batch in its own way; called with the same arguments
     plot: show the curves while training, and leave them as a figure
     identity: that of another seed's run, which saves computing it again; see `fit_seeds`
 
@@ -523,14 +521,15 @@ def fit(build_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, *,
     device, figure = torch.device(device or pick_device()), None
     model = make_model(build_model, seed, device)
     with seeded(device, seed):
-        identity = identity or identify(build_model, recipe, splits.digest, watch, probe)
-        this = describe_run(run, seed, build_model, model, splits, recipe, identity, device)
+        learner = (training or Training)(model, recipe, len(splits.train), device)
+        identity = identity or identify(build_model, recipe, splits.digest, watch, probe, training)
+        this = describe_run(run, seed, build_model, learner, splits, identity)
     if not find_finished(this):
         with explained(this.path):
             held = filelock.FileLock(f"{this.path}.lock", timeout=0).acquire() if processes()[0] == 0 else nullcontext()
         with held:
             if not find_finished(this):  # another process may have ended it just now
-                figure = train(this, model, splits, watch, probe, plot, device)
+                figure = train(this, learner, splits, watch, probe, plot)
     if plot:
         show(plot_history(this.history, recipe.epochs, this.title, recipe.epochs), alt=CURVES, handle=figure)
     return this
@@ -545,10 +544,9 @@ def fit_seeds(build_model, splits: Splits, recipe: Recipe, seeds: Iterable, *, p
     return runs
 
 
-def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: bool, device: torch.device):
+def train(run: Run, training: Training, splits: Splits, watch: bool, probe, plot: bool):
     """Train the epochs that are missing, one by one; after each, write the run to the store. Return the live figure."""
-    recipe, split = run.recipe, splits.train.to(device)
-    training = Training(model.to(device, memory_format=layout(device)), recipe, len(split), device)
+    recipe, device, split = run.recipe, training.device, splits.train.to(training.device)
     if state := on_first_process(lambda: load_run(run.path) if run.path.exists() else None):
         training.restore(state)
         print(f"{run.title}: going on after epoch {len(training.history.seconds)} of {recipe.epochs}")
@@ -566,31 +564,25 @@ def train(run: Run, model: nn.Module, splits: Splits, watch: bool, probe, plot: 
 
 def train_epoch(training: Training, split: Split, seed: int, epoch: int, progress: Progress) -> None:
     """Train for one epoch and log it."""
-    recipe, history, batch_size = training.recipe, training.history, training.batch_size
+    recipe, history, seen = training.recipe, training.history, training.batch_size
     (rank, count), device, losses, start = processes(), split.images.device, [], time.perf_counter()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     settings = {"augmentation": recipe.augmentation, "seed": seed, "epoch": epoch, "part": (rank, count)}
-    side = recipe.image_side(epoch)
     training.model.train()
     for step, (images, labels) in enumerate(batches(split, recipe.batch_size, **settings), start=1):
-        if side < images.shape[-1]:
+        if (side := recipe.image_side(epoch)) < images.shape[-1]:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        images = images.contiguous(memory_format=layout(device))
-        with torch.autocast(device.type, training.dtype, enabled=training.dtype != torch.float32):
-            logits = training.parallel(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        loss = loss * (len(labels) * count / batch_size)  # so the mean over the processes is that of the whole batch
         history.step_learning_rate.append(training.optimizers[0].param_groups[0]["lr"])
-        training.step(loss)
-        losses.append(sum_over_processes(loss.detach()) / count)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        if progress.update(batch_size) or step == training.steps:  # now and then: reading a loss makes a GPU wait
+        loss, right = training.learn(images.contiguous(memory_format=layout(device)), labels)
+        losses.append(sum_over_processes(loss) / count)
+        correct += right
+        if progress.update(seen) or step == training.steps:  # now and then: reading a loss makes a GPU wait
             history.step_loss += torch.stack(losses).tolist()
             losses.clear()
-            progress.show(correct.item() * count / (step * batch_size))
+            progress.show(correct.item() * count / (step * seen))
     history.seconds.append(time.perf_counter() - start)
     history.train_loss.append(float(np.mean(history.step_loss[-training.steps :])))
-    history.train_top1.append(sum_over_processes(correct).item() / (training.steps * batch_size))
+    history.train_top1.append(sum_over_processes(correct).item() / (training.steps * seen))
 
 
 def evaluate_epoch(training: Training, splits: Splits, watch: bool, probe) -> None:
@@ -618,7 +610,8 @@ class Training:
     """A model in training and all that its next step depends on: what the run store keeps of an unfinished run."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, images: int, device: torch.device):
-        self.model, self.parallel, self.recipe, self.history = model, model, recipe, History()
+        self.model = self.parallel = model = model.to(device, memory_format=layout(device))
+        self.recipe, self.history, self.device = recipe, History(), device
         self.steps, self.batch_size = max(1, images // recipe.batch_size), min(recipe.batch_size, images)
         self.dtype = pick_precision(recipe.precision, device)
         self.optimizers = build_optimizers(model, recipe)
@@ -634,6 +627,15 @@ class Training:
             self.parts.append(self.averaged)
         if processes()[1] > 1:
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # gates skip some
+
+    def learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a step with a batch; return the loss and the number of right answers."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.parallel(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = loss * (len(labels) * processes()[1] / self.batch_size)  # the processes' mean is that of the whole batch
+        self.step(loss)
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def step(self, loss: Tensor) -> None:
         """Compute the gradients; update weights, learning rates and the average of the weights."""
@@ -675,18 +677,15 @@ class Progress(tqdm):
     def __init__(self, run: Run, training: Training, plot: bool):
         self.run, self.steps, self.plot = run, training.steps, plot and in_notebook()
         self.figure, self.next_figure = None, 0.0
-        self.done = len(run.history.step_loss) * training.batch_size
         form = "{desc}: {percentage:3.0f}%{postfix}, {rate_fmt}, {elapsed} gone, {remaining} left"
         settings = {"desc": run.title, "unit": " images", "unit_scale": True, "bar_format": form, "mininterval": 0.5}
-        settings |= {"initial": self.done, "total": run.recipe.epochs * training.steps * training.batch_size}
+        done, steps = len(run.history.step_loss), run.recipe.epochs * training.steps
+        settings |= {"initial": done * training.batch_size, "total": steps * training.batch_size}
         super().__init__(file=sys.stdout, disable=processes()[0] > 0, **settings)  # standard error is red in notebooks
 
     def show(self, train_top1: float) -> None:
         """Show how far the training is; drawing takes at most a fiftieth of the time."""
         history, start = self.run.history, time.monotonic()
-        minutes = self.format_dict["elapsed"] * (self.total - self.n) / max(1, self.n - self.done) / 60
-        if minutes > 1 and not self.postfix:
-            self.write(f"{self.run.title}: about {minutes:.0f} minutes; for less, interrupt and set TRAIN to quick")
         epoch = math.ceil(len(history.step_loss) / self.steps)
         text = f"epoch {epoch}, loss {history.step_loss[-1]:.3f}, train {train_top1:.1%}"
         text += f", val {history.val_top1[-1]:.1%}" if history.val_top1 else ""
@@ -723,10 +722,9 @@ class Evaluation:
     def __init__(self, logits: Tensor, labels: Tensor):
         if not torch.isfinite(logits).all():
             raise FloatingPointError("logits hold values that are not finite; the model is broken, or its input is")
-        logits, labels, count = logits.float().cpu(), labels.cpu(), len(labels)
-        self.logits, self.labels = logits, labels
+        self.logits, self.labels = logits, labels = logits.float().cpu(), labels.cpu()
         self.confusion = torch.bincount(10 * labels + logits.argmax(1), minlength=100).view(10, 10)
-        right = int(self.confusion.diag().sum())
+        right, count = int(self.confusion.diag().sum()), len(labels)
         self.top1, self.nll = right / count, F.cross_entropy(logits.double(), labels).item()
         self.interval = tuple(map(float, scipy.stats.binomtest(right, count).proportion_ci(method="wilson")))
         confidence, answer = logits.double().softmax(1).max(1)
@@ -862,8 +860,7 @@ def percent(values: Sequence[float | None]) -> str:
     """Return accuracies (fractions) as "mean" or, for several seeds, "mean ± standard deviation", in per cent."""
     if None in values:
         return "-"
-    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.2f}{spread}"
+    return f"{100 * np.mean(values):.2f}" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
 # You need not read on. The run store: one file per run, written after every epoch; of a finished run, its weights -----
@@ -954,8 +951,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 # What a run is: its recipe, its data, its seed, and what its network computes -----------------------------------------
-DOUBLE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
-DOUBLE[torch.complex64] = torch.complex128
+DOUBLE = dict.fromkeys((torch.half, torch.bfloat16, torch.float), torch.float64) | {torch.complex64: torch.complex128}
 
 
 @torch.compiler.set_stance("force_eager")
@@ -990,13 +986,12 @@ def seeded(device: torch.device, seed: int, *key: int) -> Iterator[None]:
         yield
 
 
-def describe_run(name, seed, build_model, model, splits, recipe, identity, device) -> Run:
+def describe_run(name, seed, build_model, training: Training, splits, identity) -> Run:
     """Return a run that is still to be trained, with its place in the store."""
-    model = getattr(model, "_orig_mod", model)  # of a compiled model, the model itself
+    model, recipe, device = getattr(training.model, "_orig_mod", training.model), training.recipe, training.device
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
-    parameters, count = sum(parameter.numel() for parameter in model.parameters()), len(splits.train)
-    images = max(1, count // recipe.batch_size) * min(count, recipe.batch_size)
-    sides = list(map(recipe.image_side, range(recipe.epochs)))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sides, images = list(map(recipe.image_side, range(recipe.epochs))), training.steps * training.batch_size
     flops = 3 * images * sum(sides.count(side) * count_flops(model, side) for side in set(sides))
     where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
     where = f"{processes()[1]} x {where}" if processes()[1] > 1 else where
@@ -1009,7 +1004,7 @@ def digest(*content) -> str:
 
 
 @torch.compiler.set_stance("force_eager")
-def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
+def identify(build_model, recipe: Recipe, data: str, watch: bool, probe, training=None) -> str:
     """Return a hash of all but the seed that a run depends on; of networks: shapes, first weights and behaviour."""
     model, loaded = (make_model(build_model, 0, torch.device("cpu")) for _ in range(2))
     model, loaded = (getattr(network, "_orig_mod", network).cpu() for network in (model, loaded))  # not as compiled
@@ -1023,7 +1018,14 @@ def identify(build_model, recipe: Recipe, data: str, watch: bool, probe) -> str:
     options = list(optimizer_options(model, recipe).values())
     shapes = [[list(value.shape), str(value.dtype), value.requires_grad] for value in tensors]
     logged = [watch, probe and getattr(probe, "__name__", str(type(probe)))]
-    return digest(changed, options, data, logged, shapes, summary(tensors), behaviour(model, loaded))
+    found = [shapes, summary(tensors), behaviour(model, loaded)]
+    if training:  # the losses of twelve steps
+        with seeded(torch.device("cpu"), 0):
+            learner = training(model, replace(recipe, epochs=1), 12 * recipe.batch_size, torch.device("cpu"))
+        for part in (part for part in learner.parts if isinstance(part, nn.Module)):
+            part._apply(in_double).train()
+        found += [f"{try_out(learner.learn, torch.arange(3))[0]:.4e}" for _ in range(12)]
+    return digest(changed, options, data, logged, *found)
 
 
 def uniform(*shape: int, seed: int) -> Tensor:
@@ -1052,14 +1054,14 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
         positive = not weight.is_complex() and (weight > 0).all()  # then it may stand under a root
         weight.data = (value.abs() if positive else value).to(weight.dtype)
         other.data = weight.data.clone()
-    logits = try_out(model, training=True)
+    logits = try_out(model.train())
     F.cross_entropy(logits, torch.arange(3)).backward()
     gradients = [weight.grad for weight in model.parameters()]
     found, unused = [logits, *(g for g in gradients if g is not None)], [g is None for g in gradients]
     loaded.load_state_dict(model.state_dict())
     for training in (True, False):
-        found.append(try_out(model, training))
-        if not torch.allclose(found[-1], try_out(loaded, training), rtol=1e-6, atol=1e-12, equal_nan=True):
+        found.append(try_out(model.train(training)))
+        if not torch.allclose(found[-1], try_out(loaded.train(training)), rtol=1e-6, atol=1e-12, equal_nan=True):
             raise ValueError("the model uses what training changes but nothing stores; keep it with register_buffer")
     own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
     counters = [b for m in own for b in m.buffers(recurse=False) if b.numel() == 1]
@@ -1067,20 +1069,20 @@ def behaviour(model: nn.Module, loaded: nn.Module) -> list:
         for training in (True, False):
             for counter in counters:
                 counter.fill_(step)
-            found.append(try_out(model, training))
+            found.append(try_out(model.train(training)))
     numbers = [v for m in own for v in vars(m).values() if type(v) in (int, float)] if counters else []
     found = [float((v.detach().flatten() @ uniform(v.numel(), seed=v.numel()).to(v.dtype)).real) for v in found]
     smallest = 1e-9 * max(map(abs, found))  # below it are rounding errors
     return [*("0" if abs(value) < smallest else f"{value:.4e}" for value in found), *unused, *sorted(numbers)]
 
 
-def try_out(model: nn.Module, training: bool) -> Tensor:
-    """Return the logits [3, 10] of fixed images, with the same random numbers each time."""
+def try_out(function: Callable, *labels: Tensor):
+    """Return what a function makes of fixed images [3, 3, 32, 32], with the same random numbers each time."""
     try:
         with seeded(torch.device("cpu"), 0), InDouble(), ExitStack() as after:
             after.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float64)  # for constants in `forward`
-            return model.train(training)(2 * uniform(3, 3, 32, 32, seed=0))
+            return function(2 * uniform(3, 3, 32, 32, seed=0), *labels)
     except RuntimeError as error:
         raise ValueError(f"the model fails in float64 on a CPU, which its fingerprint needs: {error}") from error
 
@@ -1169,9 +1171,8 @@ def download_cifar10(root: Path) -> str:
     is_whole = lambda: all(check_integrity(folder / name, md5) for name, md5 in files)  # noqa: E731
     if is_whole():  # perhaps on a disk that cannot be written
         return ""
-    with explained(folder), filelock.FileLock(root / ".download.lock"), ExitStack() as after:
-        after.enter_context(redirect_stderr(sys.stdout))  # notebooks show what stands on standard error in red
-        after.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+    with explained(folder), filelock.FileLock(root / ".download.lock"), redirect_stderr(sys.stdout), ExitStack() as end:
+        end.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(30)  # seconds until an answer, and between two pieces of it
         for source in CIFAR10_SOURCES:
             try:
@@ -1195,6 +1196,5 @@ def draw_synthetic(count: int = 60_000, seed: int = 0) -> tuple[Tensor, Tensor]:
         low, high = generator.uniform(64, 192, (2, n, 3, 1, 1)).astype(np.float32)
         phase = generator.uniform(0, 2 * np.pi, (n, 1, 1, 1)).astype(np.float32)
         wave = np.sin((place if label % 2 else place[:, None]) * 2 * np.pi * (label // 2 + 1) ** 1.3 / 32 + phase)
-        noise = generator.integers(-60, 61, (n, 3, 32, 32), dtype=np.int8)
-        images[label::10] = low + (high - low) * (1 + wave) / 2 + noise  # 4 to 252
+        images[label::10] = low + (high - low) * (1 + wave) / 2 + generator.integers(-60, 61, (n, 3, 32, 32), np.int8)
     return torch.from_numpy(images), torch.from_numpy(np.arange(count) % 10)

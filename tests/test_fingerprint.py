@@ -20,8 +20,24 @@ import my_utils as utils
 RECIPE = utils.Recipe(epochs=2)
 
 
-def identity(build, recipe=RECIPE, data="digest", watch=False, probe=None):
-    return utils.identify(build, recipe, data, watch, probe)
+def identity(build, recipe=RECIPE, data="digest", watch=False, probe=None, training=None):
+    return utils.identify(build, recipe, data, watch, probe, training)
+
+
+class Sparing(utils.Training):
+    """Learns from some steps only."""
+
+    every = 2
+
+    def step(self, loss):
+        if self.schedulers[0].last_epoch % self.every:
+            super().step(loss)
+        else:
+            self.schedulers[0].step()
+
+
+class Sparing11(Sparing):
+    every = 11
 
 
 class Net(nn.Module):
@@ -157,6 +173,7 @@ RECIPES += [{"overrides": {name: {"weight_decay": 0.1}}} for name in ("*.bias", 
 RECIPES += [{"schedule": "step", "schedule_args": {"epochs": 1, "gamma": gamma}} for gamma in (0.1, 0.2)]
 RECIPES += [{"schedule": "cosine"}, {"augmentation": utils.Augmentation(crop=2)}, {"weight_averaging": 0.99}]
 OTHERS = [{"data": "another"}, {"watch": True}, {"probe": len}, {"probe": partial(len)}]
+OTHERS += [{"training": kind} for kind in (utils.Training, Sparing, Sparing11)]
 
 
 def test_the_largest_network_takes_a_few_seconds():

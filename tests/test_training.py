@@ -2,8 +2,6 @@
 
 import math
 import random
-import re
-import time
 import warnings
 from dataclasses import fields, replace
 from functools import partial
@@ -280,10 +278,3 @@ def test_a_first_float16_step_that_overflows_is_left_out_without_a_word(splits):
         warnings.simplefilter("always")
         fit(Tiny, splits, settings)
     assert torch.equal(seen[0], seen[1]) and not [str(warning.message) for warning in said]
-
-
-@pytest.mark.parametrize(("epochs", "said"), [(3000, True), (60, False)])
-def test_a_long_training_is_announced_in_its_first_epoch(splits, capsys, epochs, said):
-    with each_forward(lambda call, *_: time.sleep(0.02) or (1 / (5 - call) and None)), pytest.raises(ZeroDivisionError):
-        fit(Tiny, splits, recipe(epochs=epochs))
-    assert bool(re.search("about [1-9]\\d* minutes.*TRAIN", capsys.readouterr().out)) == said
