@@ -1,5 +1,7 @@
 """The models of notebook 03: each part against a slow, obvious reference."""
 
+from functools import partial
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -103,13 +105,13 @@ def run_cell(models, definition):
     exec(source.split("\n\n\nneeded")[0], vars(models))
 
 
-def test_gates_at_their_mean_weights(models, synthetic_splits):
+def test_a_gate_at_its_mean_weights(models, synthetic_splits):
     models.pd = pd
-    run_cell(models, "def without_gates")
+    run_cell(models, "def without_gate")
     mixtures, split = (models.Conv, models.Conv, models.LinearMixture), synthetic_splits.val[:200]
     network = models.ExpertNet((8, 8, 8), mixture=mixtures).eval()
     nn.init.normal_((linear := network.blocks[2][4].gate.linear).weight, std=10)
-    table, [weights] = models.without_gates(network, split), models.parts.gate_weights(network, split)
+    table, [weights] = models.without_gate(network, split), models.parts.gate_weights(network, split)
     expected = [100 * utils.evaluate(network, split).top1]
     linear.weight.data.zero_()
     for kept in (1.0, 1.0), (1.0, 0.0):
@@ -117,6 +119,57 @@ def test_gates_at_their_mean_weights(models, synthetic_splits):
         expected.append(100 * utils.evaluate(network, split).top1)
     assert table["top-1 %"].tolist() == pytest.approx(expected) and len(set(expected)) == 3
     assert table["change"].tolist() == pytest.approx([top1 - expected[0] for top1 in expected])
+
+
+@pytest.fixture
+def halved(models, synthetic_splits, store):
+    """Train a small network of the harder halves: a network, its recipe, the data, and `fit` for them."""
+    network = partial(models.ExpertNet, (8, 8, 8), mixture=models.Conv, norm=True)
+    recipe = utils.Recipe(epochs=3, batch_size=50, learning_rate=0.01, label_smoothing=0.2, precision="float32")
+    training, data = (
+        partial(models.StrongTraining, proxy=network, proxy_recipe=recipe),
+        synthetic_splits.head(200, 100, 100),
+    )
+    return network, data, partial(utils.fit, network, data, recipe, run="test/half", plot=False, training=training)
+
+
+def test_the_harder_half_and_lookahead_are_those_worked_out_by_hand(halved):
+    network, data, fit = halved
+    large, small = (utils.make_model(network, 0, torch.device("cpu")) for _ in range(2))
+    optimizers, slow, step = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (large, small)], None, 0
+    for epoch in range(3):
+        for images, labels in utils.batches(data.train, 50, seed=0, epoch=epoch):
+            target = nn.functional.one_hot(labels, 10) * 0.8 + 0.02
+            losses = -(target * small(images).log_softmax(1)).sum(1)
+            kept = losses.argsort()[25:]
+            (losses[kept].mean() * (step % 4 == 0)).backward()
+            (-(target[kept] * large(images[kept]).log_softmax(1)).sum() / 25).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            if step % 5 == 0:
+                new, decay = large.state_dict(), 0.95**5 * (step / 12) ** 3
+                slow = {n: decay * slow[n] + (1 - decay) * v for n, v in new.items()} if slow else {**new}
+                slow = {n: v.to(new[n].dtype).clone() for n, v in slow.items()}
+                large.load_state_dict(slow)
+    for name, value in fit().model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, slow[name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupted_training_on_harder_halves_goes_on(halved, monkeypatch, tmp_path):
+    *_, fit = halved
+    whole, store = fit(), utils.store_run
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr(utils, "store_run", lambda *run: store(*run) or 1 / (len(run[0].history.seconds) - 2))
+    with pytest.raises(ZeroDivisionError):
+        fit()
+    monkeypatch.undo()
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "other"))
+    again = fit()
+    assert again.history.step_loss == whole.history.step_loss
+    assert all(map(torch.equal, again.model.state_dict().values(), whole.model.state_dict().values()))
 
 
 def test_test_time_augmentation_is_the_average_worked_out_by_hand(models, synthetic_splits):

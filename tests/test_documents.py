@@ -235,8 +235,9 @@ def test_the_report_without_records(project):
 
 
 # Figures that need weights, and about how large they are.
-FROM_NOTEBOOKS = {"02_gates": (700, 450), "03_ladder": (704, 880), "03_gates": (616, 396), "03_reliability": (858, 440)}
+FROM_NOTEBOOKS = {"02_gates": (700, 450), "03_ladder": (704, 880), "03_reliability": (858, 440)}
 FROM_NOTEBOOKS |= {"02_study": (704, 726), "03_confusion": (825, 715), "03_damage": (825, 682)}
+FROM_NOTEBOOKS["03_mistakes"] = (638, 478)
 
 
 def test_the_complete_report(project):
