@@ -102,7 +102,7 @@ def run_cell(models, definition):
     """Run the notebook's cell with this definition, up to where it is used."""
     cells = nbformat.read(utils.ROOT / "notebooks" / "03_advanced_training.ipynb", as_version=4).cells
     [source] = [cell.source for cell in cells if definition in cell.source]
-    exec(source.split("\n\n\nneeded")[0], vars(models))
+    exec(source.split("\n\n\nwithout_gate(")[0], vars(models))
 
 
 def test_a_gate_at_its_mean_weights(models, synthetic_splits):
@@ -123,13 +123,11 @@ def test_a_gate_at_its_mean_weights(models, synthetic_splits):
 
 @pytest.fixture
 def halved(models, synthetic_splits, store):
-    """Train a small network of the harder halves: a network, its recipe, the data, and `fit` for them."""
+    """Return a small network, its data, and `fit` on the harder halves of its batches."""
     network = partial(models.ExpertNet, (8, 8, 8), mixture=models.Conv, norm=True)
     recipe = utils.Recipe(epochs=3, batch_size=50, learning_rate=0.01, label_smoothing=0.2, precision="float32")
-    training, data = (
-        partial(models.StrongTraining, proxy=network, proxy_recipe=recipe),
-        synthetic_splits.head(200, 100, 100),
-    )
+    training = partial(models.StrongTraining, proxy=network, proxy_recipe=recipe)
+    data = synthetic_splits.head(200, 100, 100)
     return network, data, partial(utils.fit, network, data, recipe, run="test/half", plot=False, training=training)
 
 
