@@ -246,7 +246,7 @@ def plot_cost(records: Records, published: dict) -> Figure:
     return figure
 
 
-PARTS = "_(ablation|ladder|long|recipe)_|_twin$"  # records that are not a network's main result
+PARTS = "_(ablation|half|ladder|long|recipe)_|_twin$"  # records that are not a network's main result
 PLOTS = {
     "01_baseline_val": Plot("01_baseline", plot_baseline, "Validation accuracy of the baseline rises over the epochs"),
     "01_baseline_confusion": Plot(

@@ -63,6 +63,8 @@ def complete():
         entry |= {"tta": "flip+translate", "test_top1_tta": entry["test_top1"] + 0.01}
     records += [made_up(f"03_ladder_{i:02}", 0.84 + 0.005 * (i % 8), seeds=3) for i in range(12)]
     records += [made_up("03_fast_twin", 0.93)]
+    parts = ("all", "no_cutout", "no_lookahead", "slow_biases", "every_image")
+    records += [made_up(f"03_half_{part}", 0.92) for part in parts]
     return {content["name"]: content for content in records}
 
 
@@ -251,7 +253,7 @@ def test_the_complete_report(project):
     text, pages = read(documents.compile_report(project, records))
     assert 4 <= pages <= 6 and "not run" not in text
     for name, content in ((name, content) for name, content in records.items() if "_long_" not in name):
-        part = "_ablation_" in name or "_ladder_" in name
+        part = re.search("_ablation_|_half_|_ladder_", name)
         top1 = percent([entry["val_top1" if part else "test_top1"] for entry in content["seeds"]])
         assert top1 in text, name
         assert f"{content['parameters']:,}" in text
@@ -282,7 +284,7 @@ def test_the_results_table_shows_headline_records_with_links(project):
     links = [re.match(r"\| \[(.+?)\]\(report/results/(\w+)\.json\) \|", row).groups() for row in rows]
     shown = [name for _, name in links]
     assert all(title == {"02_s0": "S0"}.get(name, name) for title, name in links)
-    assert shown == [name for name in records if not re.search("_ablation_|_ladder_|_long_|_twin$", name)]
+    assert shown == [name for name in records if not re.search("_ablation_|_half_|_ladder_|_long_|_twin$", name)]
     assert "| 71.13 ± 0.13 |" in rows[0]
 
 
