@@ -462,7 +462,7 @@ class Run:
     """One training of one model with one seed.
 
     identity: what is trained, without the seed (see `identify`); path: where its weights are
-    train_flops: 3 x the counted forward pass x the images seen; recorded: its entry in a record, if it was found there
+    train_flops: see Training.flops; recorded: its entry in a record, if it was found there
     test: what `record` found on the test images, if it had the weights
     """
 
@@ -623,10 +623,13 @@ class Training:
         if recipe.weight_averaging is not None:
             average = functools.partial(moving_average, recipe.weight_averaging)
             self.averaged = torch.optim.swa_utils.AveragedModel(model, avg_fn=average, use_buffers=True)
-            self.result = self.averaged.module
-            self.parts.append(self.averaged)
+            self.result, self.parts = self.averaged.module, [*self.parts, self.averaged]
         if processes()[1] > 1:
             self.parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)  # gates skip some
+
+    def flops(self, side: int) -> int:
+        """Return what training takes for an image, side x side: three forward passes."""
+        return 3 * count_flops(getattr(self.model, "_orig_mod", self.model), side)
 
     def learn(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take a step with a batch; return the loss and the number of right answers."""
@@ -651,9 +654,8 @@ class Training:
 
     def state(self) -> dict:
         """Return what the store keeps: of a finished run the weights alone."""
-        if len(self.history.seconds) == self.recipe.epochs:
-            return {"weights": self.result.state_dict()}
-        return {"training": [part.state_dict() for part in self.parts]}
+        finished = len(self.history.seconds) == self.recipe.epochs
+        return {"weights": self.result.state_dict()} if finished else {"training": [p.state_dict() for p in self.parts]}
 
     def restore(self, stored: dict) -> None:
         """Take up the state of an unfinished run."""
@@ -728,8 +730,7 @@ class Evaluation:
         self.top1, self.nll = right / count, F.cross_entropy(logits.double(), labels).item()
         self.interval = tuple(map(float, scipy.stats.binomtest(right, count).proportion_ci(method="wilson")))
         confidence, answer = logits.double().softmax(1).max(1)
-        bin_of = (15 * confidence).long().clamp(max=14)
-        excess = torch.bincount(bin_of, confidence - (answer == labels).double())  # confidence minus accuracy, summed
+        excess = torch.bincount((15 * confidence).long().clamp(max=14), confidence - (answer == labels).double())
         self.ece = excess.abs().sum().item() / count
 
 
@@ -988,12 +989,11 @@ def seeded(device: torch.device, seed: int, *key: int) -> Iterator[None]:
 
 def describe_run(name, seed, build_model, training: Training, splits, identity) -> Run:
     """Return a run that is still to be trained, with its place in the store."""
-    model, recipe, device = getattr(training.model, "_orig_mod", training.model), training.recipe, training.device
+    recipe, parameters = training.recipe, sum(parameter.numel() for parameter in training.model.parameters())
     path = runs_dir() / run_size() / name / f"seed{seed}-{digest(identity, seed)}.safetensors"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     sides, images = list(map(recipe.image_side, range(recipe.epochs))), training.steps * training.batch_size
-    flops = 3 * images * sum(sides.count(side) * count_flops(model, side) for side in set(sides))
-    where = f"{describe_device(device)}, {str(pick_precision(recipe.precision, device)).removeprefix('torch.')}"
+    flops = images * sum(sides.count(side) * training.flops(side) for side in set(sides))
+    where = f"{describe_device(training.device)}, {str(training.dtype).removeprefix('torch.')}"
     where = f"{processes()[1]} x {where}" if processes()[1] > 1 else where
     return Run(name, seed, recipe, splits.source, identity, path, parameters, flops, where, build_model)
 

@@ -151,9 +151,12 @@ def test_the_harder_half_and_lookahead_are_those_worked_out_by_hand(halved):
                 slow = {n: decay * slow[n] + (1 - decay) * v for n, v in new.items()} if slow else {**new}
                 slow = {n: v.to(new[n].dtype).clone() for n, v in slow.items()}
                 large.load_state_dict(slow)
-    for name, value in fit().model.state_dict().items():
+    run = fit()
+    for name, value in run.model.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, slow[name], rtol=1e-3, atol=1e-5)
+    passes = 3 * 100 + 200 + 2 * 50  # in an epoch: the large network's, the small one's forward, every fourth backward
+    assert run.train_flops == 3 * passes * utils.count_flops(network())
 
 
 def test_an_interrupted_training_on_harder_halves_goes_on(halved, monkeypatch, tmp_path):
