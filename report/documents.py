@@ -216,7 +216,7 @@ def plot_cost(records: Records, published: dict) -> Figure:
     labels = {"01": "notebook 01: baseline", "02": "notebook 02: blocks", "03": "notebook 03: training"}
     labels["tta"] = "with test-time augmentation, as the stars"
     left, right, high = {"xytext": (-9, -4), "ha": "right"}, {"xytext": (9, -4)}, {"xytext": (0, 8), "ha": "center"}
-    crowded = {"03_fast": left, "03_fast_plain": right, "02_s0": high, "02_s3": high, "02_s2": right}
+    crowded = {"03_fast": left, "03_fast_plain": right, "02_s3": high, "02_s2": right}
     for name, content in records.items():
         top1 = [100 * entry["test_top1"] for entry in content["seeds"]]
         error = np.std(top1, ddof=1) if len(top1) > 1 else None
